@@ -1,0 +1,46 @@
+# `make chat` and `make test` set everything up by themselves; they need Python >= 3.11.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: chat test check format model experiment clean
+.DEFAULT_GOAL := chat
+
+chat: .venv/run.stamp
+	@$(BIN)/octavo chat
+
+test: check
+	$(BIN)/python -m pytest
+
+check: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/test.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The shipped model from nothing: text, tokenizer, an hour of training on two cores, evaluation.
+model: .venv/test.stamp
+	$(BIN)/python recipes/menny/make.py
+
+experiment: .venv/test.stamp
+	$(BIN)/python recipes/moe_vs_dense/run.py
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Octavo needs Python >= 3.11; try make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "setting up .venv (once, about a minute)" >&2
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+.venv/test.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@ .venv/run.stamp
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,291 @@
+"""Key-value caches: what attention remembers of the tokens it has seen.
+
+A cache holds a *row* per sequence and remembers, for every slot of every row, the position of the token that lies
+there (-1: nothing). One rule then says what a query may see, for a growing cache, a rolling one, a padded batch and
+a prompt read in chunks alike (``visible``). Shapes: B rows, T new tokens, S slots, H key-value heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.args import ModelArgs
+from octavo.errors import PromptError
+
+
+def visible(query_BT: Tensor, key_BS: Tensor, window: int | None) -> Tensor:
+    """Return the bool mask [B, 1, T, S] of the key positions each query position may attend to.
+
+    A query sees itself and what came before it, within the window. A pad (-1) sees only pads, so that its softmax
+    stays finite, and is seen by none but pads.
+    """
+    query, key = query_BT[:, :, None], key_BS[:, None, :]
+    mask = (key >= 0) & (key <= query) | (key == query)
+    if window is not None:
+        mask &= query - key < window
+    return mask[:, None]
+
+
+class Step(Protocol):
+    """Where one forward's tokens go and what they see: made once a forward, used by every layer.
+
+    ``mask`` is the bool mask [B, 1, T, S] of visible slots, or None where all are visible. ``causal`` stands for the
+    plain lower-triangular mask, so that a fused attention kernel can take over.
+    """
+
+    positions_BT: Tensor
+    mask: Tensor | None
+    causal: bool
+
+    def update(self, layer: int, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this layer's new keys and values; return all that the queries attend over, [B, H, S, K] each."""
+        ...
+
+
+class NoCache:
+    """The step of a forward without a cache: training, and logits at every position."""
+
+    def __init__(self, ids_BT: Tensor, positions_BT: Tensor | None, window: int | None) -> None:
+        self.causal = positions_BT is None and (window is None or ids_BT.shape[1] <= window)
+        self.mask: Tensor | None = None
+        if positions_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand(ids_BT.shape)
+        self.positions_BT = positions_BT
+        if not self.causal:
+            self.mask = visible(positions_BT, positions_BT, window)
+
+    def update(self, layer: int, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values as they are, [B, H, T, K] each."""
+        return k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
+
+
+class KVCache:
+    """A cache that grows by doubling, up to the model's context.
+
+    Args:
+        args: the model's shape.
+        batch_size: rows.
+        capacity: slots a row has to begin with.
+        dtype, device: of keys and values; must be the model's.
+
+    Attributes:
+        lengths: tokens each row has seen, pads included.
+    """
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        batch_size: int,
+        *,
+        capacity: int = 256,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.args = args
+        self.lengths = [0] * batch_size
+        self.padded = [False] * batch_size
+        capacity = min(capacity, args.max_seq_len)
+        shape = (args.n_layers, batch_size, args.n_kv_heads, capacity, args.head_dim)
+        self.k_LBHSK = torch.zeros(shape, dtype=dtype, device=device)
+        self.v_LBHSK = torch.zeros(shape, dtype=dtype, device=device)
+        self.positions_BS = torch.full((batch_size, capacity), -1, dtype=torch.int64, device=device)
+
+    @property
+    def capacity(self) -> int:
+        """Slots a row holds now."""
+        return self.positions_BS.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return 2 * self.k_LBHSK.numel() * self.k_LBHSK.element_size()
+
+    def rows(self, start: int, stop: int) -> RowView:
+        """Return a view of rows start..stop-1, which a forward takes for its cache."""
+        return RowView(self, start, stop)
+
+    def begin(self, tokens: int, positions_BT: Tensor | None = None) -> Step:
+        """Make room for a forward over every row; see ``RowView.begin``."""
+        return self.rows(0, len(self.lengths)).begin(tokens, positions_BT)
+
+    def reset_row(self, row: int) -> None:
+        """Forget a row."""
+        self.lengths[row] = 0
+        self.padded[row] = False
+        self.positions_BS[row] = -1
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Overwrite row ``target`` with row ``source``."""
+        used = min(self.lengths[source], self.capacity)
+        for tensor in (self.k_LBHSK, self.v_LBHSK):
+            tensor[:, target, :, :used] = tensor[:, source, :, :used]
+        self.positions_BS[target] = self.positions_BS[source]
+        self.lengths[target] = self.lengths[source]
+        self.padded[target] = self.padded[source]
+
+    def _reserve(self, slots: int) -> None:
+        if slots <= self.capacity:
+            return
+        more = min(max(slots, 2 * self.capacity), self.args.max_seq_len) - self.capacity
+        self.k_LBHSK = torch.nn.functional.pad(self.k_LBHSK, (0, 0, 0, more))
+        self.v_LBHSK = torch.nn.functional.pad(self.v_LBHSK, (0, 0, 0, more))
+        self.positions_BS = torch.nn.functional.pad(self.positions_BS, (0, more), value=-1)
+
+    def _step(self, rows: slice, starts: list[int], positions_BT: Tensor, plain: bool) -> Step:
+        self._reserve(max(starts) + positions_BT.shape[1])
+        return _GrowingStep(self, rows, starts, positions_BT, plain)
+
+
+class RollingKVCache(KVCache):
+    """A cache of exactly ``sliding_window`` slots a row: the oldest token makes room for the newest.
+
+    Memory is bounded whatever the length. The n-th token of a row lies in slot n modulo the window.
+    """
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        batch_size: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        window = args.sliding_window or args.max_seq_len
+        super().__init__(args, batch_size, capacity=window, dtype=dtype, device=device)
+
+    def _step(self, rows: slice, starts: list[int], positions_BT: Tensor, plain: bool) -> Step:
+        return _RollingStep(self, rows, starts, positions_BT)
+
+
+class RowView:
+    """Some rows of a cache, with the interface that ``Mixtral.forward`` uses."""
+
+    def __init__(self, cache: KVCache, start: int, stop: int) -> None:
+        self._cache = cache
+        self._rows = slice(start, stop)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens each row of the view has seen, pads included."""
+        return self._cache.lengths[self._rows]
+
+    def begin(self, tokens: int, positions_BT: Tensor | None = None) -> Step:
+        """Make room for ``tokens`` new tokens a row.
+
+        Args:
+            tokens: how many, T.
+            positions_BT: their positions, -1 for a pad; by default what follows each row's last token.
+
+        Raises:
+            PromptError: they do not fit into the model's context.
+        """
+        cache, starts = self._cache, self.lengths
+        limit = cache.args.max_seq_len
+        if max(starts) + tokens > limit:
+            raise PromptError(
+                f"{max(starts) + tokens} tokens do not fit into the model's context of {limit}",
+                hint="shorten the prompt, or ask for fewer tokens",
+            )
+        if positions_BT is not None:
+            cache.padded[self._rows] = [True] * len(starts)
+        else:
+            positions_BT = self._next_positions(tokens)
+        step = cache._step(self._rows, starts, positions_BT, plain=not any(cache.padded[self._rows]))
+        cache.lengths[self._rows] = [start + tokens for start in starts]
+        return step
+
+    def _next_positions(self, tokens: int) -> Tensor:
+        positions_BS = self._cache.positions_BS[self._rows]
+        if any(self._cache.padded[self._rows]):
+            starts_B = positions_BS.amax(dim=1) + 1
+        else:
+            starts_B = torch.tensor(self.lengths, device=positions_BS.device)
+        return starts_B[:, None] + torch.arange(tokens, device=positions_BS.device)
+
+
+class _GrowingStep:
+    """Token t of row b goes to slot ``starts[b] + t``; queries see slots 0..end-1."""
+
+    def __init__(self, cache: KVCache, rows: slice, starts: list[int], positions_BT: Tensor, plain: bool) -> None:
+        self._cache, self._rows = cache, rows
+        self.positions_BT = positions_BT
+        tokens, window = positions_BT.shape[1], cache.args.sliding_window
+        self._end = max(starts) + tokens
+        self._slots_BT: Tensor | None = None
+        if min(starts) == max(starts):
+            cache.positions_BS[rows, self._end - tokens : self._end] = positions_BT
+        else:
+            first_B = torch.tensor(starts, device=positions_BT.device)
+            self._slots_BT = first_B[:, None] + torch.arange(tokens, device=positions_BT.device)
+            cache.positions_BS[rows].scatter_(1, self._slots_BT, positions_BT)
+        plain = plain and self._slots_BT is None and (window is None or self._end <= window)
+        self.causal = plain and self._end == tokens and tokens > 1
+        self.mask: Tensor | None = None
+        if not (plain and (tokens == 1 or self.causal)):
+            self.mask = visible(positions_BT, cache.positions_BS[rows, : self._end], window)
+
+    def update(self, layer: int, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
+        """Write, and return views of the slots in use."""
+        k_BHSK = self._write(self._cache.k_LBHSK[layer, self._rows], k_BTHK)
+        v_BHSK = self._write(self._cache.v_LBHSK[layer, self._rows], v_BTHK)
+        return k_BHSK, v_BHSK
+
+    def _write(self, cached_BHSK: Tensor, new_BTHK: Tensor) -> Tensor:
+        new_BHTK = new_BTHK.transpose(1, 2)
+        if self._slots_BT is None:
+            cached_BHSK[:, :, self._end - new_BHTK.shape[2] : self._end] = new_BHTK
+        else:
+            _scatter_slots(cached_BHSK, self._slots_BT, new_BHTK)
+        return cached_BHSK[:, :, : self._end]
+
+
+class _RollingStep:
+    """Queries see the ring as it was and the new tokens beside it; then the ring takes up the last of them.
+
+    Writing first would overwrite what the first queries of a chunk must still see.
+    """
+
+    causal = False
+
+    def __init__(self, cache: KVCache, rows: slice, starts: list[int], positions_BT: Tensor) -> None:
+        self._cache, self._rows = cache, rows
+        self.positions_BT = positions_BT
+        window, tokens = cache.capacity, positions_BT.shape[1]
+        self._kept = min(tokens, window)
+        first_B = torch.tensor(starts, device=positions_BT.device) + (tokens - self._kept)
+        self._slots_BT = (first_B[:, None] + torch.arange(self._kept, device=positions_BT.device)) % window
+        ring_BS = cache.positions_BS[rows]
+        self.mask: Tensor | None = visible(positions_BT, torch.cat((ring_BS, positions_BT), dim=1), window)
+        ring_BS.scatter_(1, self._slots_BT, positions_BT[:, -self._kept :])
+
+    def update(self, layer: int, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ring and new tokens, [B, H, window + T, K]; then write the ring."""
+        k_BHSK = self._write(self._cache.k_LBHSK[layer, self._rows], k_BTHK)
+        v_BHSK = self._write(self._cache.v_LBHSK[layer, self._rows], v_BTHK)
+        return k_BHSK, v_BHSK
+
+    def _write(self, ring_BHSK: Tensor, new_BTHK: Tensor) -> Tensor:
+        new_BHTK = new_BTHK.transpose(1, 2)
+        seen_BHSK = torch.cat((ring_BHSK, new_BHTK), dim=2)
+        _scatter_slots(ring_BHSK, self._slots_BT, new_BHTK[:, :, -self._kept :])
+        return seen_BHSK
+
+
+def _scatter_slots(cached_BHSK: Tensor, slots_BT: Tensor, new_BHTK: Tensor) -> None:
+    cached_BHSK.scatter_(2, slots_BT[:, None, :, None].expand_as(new_BHTK), new_BHTK)
+
+
+def make_cache(
+    args: ModelArgs,
+    batch_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> KVCache:
+    """Return the cache that suits the model: rolling when it has a sliding window shorter than its context."""
+    if args.sliding_window is not None and args.sliding_window < args.max_seq_len:
+        return RollingKVCache(args, batch_size, dtype=dtype, device=device)
+    return KVCache(args, batch_size, dtype=dtype, device=device)

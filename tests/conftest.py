@@ -1,0 +1,38 @@
+"""Shared fixtures: random tiny models, in memory and as folders that transformers wrote."""
+
+from __future__ import annotations
+
+import torch
+
+from octavo.args import ModelArgs, MoEArgs
+from octavo.model import Mixtral
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+
+def tiny_args(**changes: object) -> ModelArgs:
+    """A Mixtral small enough to run in milliseconds; ``changes`` replace fields."""
+    fields: dict[str, object] = {
+        "dim": 32,
+        "n_layers": 2,
+        "head_dim": 8,
+        "hidden_dim": 48,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "vocab_size": 101,
+        "max_seq_len": 256,
+        "moe": MoEArgs(num_experts=8, num_experts_per_tok=2),
+    }
+    return ModelArgs(**(fields | changes))  # type: ignore[arg-type]
+
+
+def tiny_model(seed: int = 0, **changes: object) -> Mixtral:
+    """A random Mixtral with weights large enough that routing and logits vary."""
+    torch.manual_seed(seed)
+    model = Mixtral(tiny_args(**changes)).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.copy_(1 + 0.1 * torch.randn_like(parameter))
+        else:
+            parameter.normal_(std=0.25)
+    return model
