@@ -22,11 +22,17 @@ format: .venv/test.stamp
 	$(BIN)/ruff format .
 
 # The shipped model from nothing: text, tokenizer, an hour of training on two cores, evaluation.
-model: .venv/test.stamp
-	$(BIN)/python recipes/menny/make.py
+model: .venv/test.stamp runs/menny/tokenizer.model
+	$(BIN)/octavo train recipes/menny/config.toml
+	$(BIN)/python recipes/menny/evaluate.py --model runs/menny/out/model --data runs/menny/data --out runs/menny/evaluation.json
 
-experiment: .venv/test.stamp
+# Mixture of experts against a dense model of the same active size; docs/experiments/moe-vs-dense.md.
+experiment: .venv/test.stamp runs/menny/tokenizer.model
 	$(BIN)/python recipes/moe_vs_dense/run.py
+
+runs/menny/tokenizer.model: | .venv/test.stamp
+	$(BIN)/python recipes/menny/corpus.py --out runs/menny/data --seed 1
+	$(BIN)/python recipes/menny/train_tokenizer.py --data runs/menny/data --out $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,0 +1,1 @@
+"""The parts Menny's training text is made of, one module per subject."""
