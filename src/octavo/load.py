@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from octavo.args import ModelArgs
 from octavo.checkpoint.names import IGNORED, Layout, find, recognise
@@ -54,10 +56,22 @@ def load_model(
     source = open_checkpoint(folder)
     config = folder / "config.json"
     args = ModelArgs.from_hf(read_json(config), where=str(config))
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         model = Mixtral(args)
     _fill(model, source, folder, wanted, place)
     return model.eval().requires_grad_(False), Tokenizer.from_folder(folder)
+
+
+class _NoInit(TorchFunctionMode):
+    """Skips `nn.init`: a placeholder holds nothing to fill, and filling it would import torch._dynamo, for seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _fill(model: Mixtral, source: TensorSource, folder: Path, dtype: torch.dtype | None, device: torch.device) -> None:

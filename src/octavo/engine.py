@@ -1,0 +1,328 @@
+"""Many sequences at once through one model: admit, prefill in chunks, decode as a batch, finish, cancel.
+
+The engine knows token ids only. Each sequence owns one row of the key-value cache; rows 0..n-1 always belong
+to the n sequences being decoded and row n to the one being prefilled, so that a decode step is one forward
+over `cache.rows(0, n)`. A sequence's tokens depend on its prompt, its parameters and its seed, never on its
+neighbours beyond float rounding: every sequence has its own random generator and sees its own row alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo.cache import KVCache, make_cache
+from octavo.errors import OctavoError, OptionError, PromptError
+from octavo.model import Mixtral
+from octavo.sampling import History, SamplingParams, TokenLogprobs, make_generator, sample, token_logprobs
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+class Event(NamedTuple):
+    """One new token of one sequence, or its failure.
+
+    Attributes:
+        seq_id: as `Engine.add` returned it.
+        token_id: the token, a stop id included; None only where `finish_reason` is "error".
+        logprobs: where the sequence's parameters ask for them.
+        finish_reason: None while the sequence goes on; "stop" at a stop id; "length" at max_tokens or where
+            the context is full; "error" where `error` says what went wrong. No event follows a finish.
+        error: the exception that ended this sequence and no other one's.
+        prefill_seconds: with a sequence's first token, the time spent on its prompt.
+    """
+
+    seq_id: int
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+    prefill_seconds: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """A prompt, what was asked of it, and how far it has come."""
+
+    id: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    limit: int  # new tokens at most
+    generator: torch.Generator
+    history: History | None
+    n_prefilled: int = 0
+    n_generated: int = 0
+    last_id: int = -1
+    prefill_seconds: float = 0.0
+    over: bool = False  # finished, failed or cancelled: its row is free at the next compaction
+
+
+class Engine:
+    """Generate for up to `max_batch_size` sequences at a time; more wait, first come, first served.
+
+    Args:
+        model: in evaluation mode.
+        max_batch_size: rows of the key-value cache, all of which grow with the longest sequence.
+        prefill_chunk: at most so many prompt tokens are read between two decode steps, so that a long prompt
+            does not hold up the others.
+
+    Not thread-safe: one thread calls `add`, `step` and `cancel`.
+    """
+
+    def __init__(self, model: Mixtral, *, max_batch_size: int = 8, prefill_chunk: int = 512) -> None:
+        for name, value in (("max_batch_size", max_batch_size), ("prefill_chunk", prefill_chunk)):
+            if value < 1:
+                raise OptionError(f"{name} is {value}; expected an integer of at least 1")
+        self.model = model
+        self.max_batch_size = max_batch_size
+        self.prefill_chunk = prefill_chunk
+        self._cache: KVCache | None = None
+        self._live: dict[int, _Sequence] = {}
+        self._waiting: deque[_Sequence] = deque()
+        self._prefilling: _Sequence | None = None
+        self._running: list[_Sequence] = []  # by row
+        self._outbox: list[Event] = []  # what the next return of `step` tells
+        self._stepping = False
+        self._next_id = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to tell."""
+        return bool(self._live or self._outbox)
+
+    def add(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        stop_ids: Iterable[int] = (),
+        index: int = 0,
+    ) -> int:
+        """Queue a prompt.
+
+        Args:
+            ids: the prompt's token ids.
+            params: `max_tokens`, `stop_ids`, `logprobs`, the sampling options and `seed`; `n` and `stop` are
+                the caller's business.
+            stop_ids: ids that end the sequence, besides those in `params`.
+            index: which of several replies to the same prompt this is; its seed is `params.seed + index`.
+                Replies queued one after another share one prefill.
+
+        Returns:
+            The sequence's id, in every event about it.
+
+        Raises:
+            PromptError: no ids, ids that are not the model's, or more than the context has room for.
+            OptionError: `params.logit_bias` names an id that is not the model's.
+        """
+        prompt = tuple(int(i) for i in ids)
+        self._check(prompt, params)
+        room = self.model.args.max_seq_len - len(prompt)
+        sequence = _Sequence(
+            id=self._next_id,
+            prompt=prompt,
+            params=params,
+            stop_ids=frozenset(stop_ids) | frozenset(params.stop_ids),
+            limit=room if params.max_tokens is None else min(params.max_tokens, room),
+            generator=make_generator(params.seed, index),
+            history=History(prompt, self.model.args.vocab_size) if params.penalizes else None,
+        )
+        self._next_id += 1
+        self._live[sequence.id] = sequence
+        self._waiting.append(sequence)
+        return sequence.id
+
+    def cancel(self, seq_id: int) -> None:
+        """End a sequence; no event about it follows. Nothing happens if it is over already."""
+        self._outbox = [event for event in self._outbox if event.seq_id != seq_id]
+        sequence = self._live.pop(seq_id, None)
+        if sequence is None:
+            return
+        sequence.over = True
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        elif not self._stepping:  # a step compacts by itself, when it is done with its rows
+            with torch.inference_mode():
+                self._compact()
+
+    def step(self) -> list[Event]:
+        """Read at most one chunk of one prompt, then decode one token for each running sequence.
+
+        A sequence whose logits cannot be sampled from fails alone. If the model itself fails, all sequences
+        in the cache fail; those that wait go on. Either way each is told by an event. If the step is
+        interrupted (KeyboardInterrupt), the sequences in the cache are lost too, and the next step tells.
+
+        Returns:
+            The new tokens and failures, in the order they came about.
+        """
+        self._stepping = True
+        try:
+            with torch.inference_mode():
+                n_decoding = len(self._running)
+                self._prefill()
+                self._decode(n_decoding)
+                self._compact()
+        except Exception as error:
+            self._abandon(error)
+        except BaseException:
+            self._abandon(OctavoError("generation was interrupted"))
+            raise
+        finally:
+            self._stepping = False
+        events, self._outbox = self._outbox, []
+        return events
+
+    def _check(self, prompt: tuple[int, ...], params: SamplingParams) -> None:
+        args = self.model.args
+        if not prompt:
+            raise PromptError("the prompt is empty", "give at least one token, such as the beginning-of-text id")
+        for low_or_high in (min(prompt), max(prompt)):
+            if not 0 <= low_or_high < args.vocab_size:
+                raise PromptError(
+                    f"the prompt holds token id {low_or_high}; expected 0 to {args.vocab_size - 1}",
+                    "was it encoded by another model's tokenizer?",
+                )
+        if len(prompt) >= args.max_seq_len:
+            raise PromptError(
+                f"the prompt has {len(prompt)} tokens; the model's context holds {args.max_seq_len}, "
+                "at least one of them for the reply",
+                "shorten the prompt",
+            )
+        for token_id in params.logit_bias:
+            if token_id >= args.vocab_size:
+                raise OptionError(
+                    f"logit_bias names token id {token_id}; expected 0 to {args.vocab_size - 1}",
+                    "token ids are the model's own; another model's mean other tokens",
+                )
+
+    # ---------------------------------------- inside a step
+
+    def _prefill(self) -> None:
+        """Read the next chunk of the prompt in hand; at its end, choose the first token."""
+        sequence = self._prefilling or self._admit()
+        if sequence is None:
+            return
+        row = len(self._running)
+        chunk = sequence.prompt[sequence.n_prefilled : sequence.n_prefilled + self.prefill_chunk]
+        started = time.perf_counter()
+        logits_BV = self._forward([chunk], row)
+        sequence.prefill_seconds += time.perf_counter() - started
+        sequence.n_prefilled += len(chunk)
+        if sequence.n_prefilled < len(sequence.prompt):
+            return
+        self._prefilling = None
+        self._running.append(sequence)
+        # Rows are copied before anything is chosen: the first token may already be the last.
+        for one in (sequence, *self._share_prefill(sequence, row)):
+            self._choose(one, logits_BV[0])
+
+    def _admit(self) -> _Sequence | None:
+        """Give the longest waiting sequence the row behind the running ones, if there is one."""
+        if not self._waiting or len(self._running) >= self.max_batch_size:
+            return None
+        self._prefilling = self._waiting.popleft()
+        self._rows.reset_row(len(self._running))
+        return self._prefilling
+
+    def _share_prefill(self, sequence: _Sequence, row: int) -> list[_Sequence]:
+        """Start those next in line that have the same prompt from a copy of its row."""
+        twins: list[_Sequence] = []
+        while self._waiting and self._waiting[0].prompt == sequence.prompt and len(self._running) < self.max_batch_size:
+            twin = self._waiting.popleft()
+            self._rows.copy_row(row, len(self._running))
+            self._running.append(twin)
+            twin.prefill_seconds = sequence.prefill_seconds
+            twins.append(twin)
+        return twins
+
+    def _decode(self, n: int) -> None:
+        """One token for each of the first n rows."""
+        if n == 0:
+            return
+        logits_BV = self._forward([(sequence.last_id,) for sequence in self._running[:n]], 0)
+        for row in range(n):
+            self._choose(self._running[row], logits_BV[row])
+
+    def _forward(self, ids_BT: Sequence[tuple[int, ...]], row: int) -> Tensor:
+        """Return the last logits `[B, V]`, float32, on the CPU: one transfer a step."""
+        ids = torch.tensor(ids_BT, dtype=torch.int64, device=self.model.device)
+        cache = self._rows.rows(row, row + len(ids_BT))
+        logits_B1V: Tensor = self.model(ids, cache=cache, last_only=True)
+        return logits_B1V[:, -1].cpu()
+
+    def _choose(self, sequence: _Sequence, logits_V: Tensor) -> None:
+        """Draw the sequence's next token and tell it."""
+        if sequence.over:  # cancelled while this step ran
+            return
+        params = sequence.params
+        try:
+            token_id = sample(logits_V, params, sequence.generator, sequence.history)
+            wanted = params.logprobs
+            logprobs = None if wanted is None else token_logprobs(logits_V, token_id, wanted)
+        except Exception as error:
+            self._scrub(self._running.index(sequence))
+            self._tell(sequence, Event(sequence.id, None, finish_reason="error", error=error))
+            return
+        if sequence.history is not None:
+            sequence.history.append(token_id)
+        sequence.last_id = token_id
+        sequence.n_generated += 1
+        reason: FinishReason | None = None
+        if token_id in sequence.stop_ids:
+            reason = "stop"
+        elif sequence.n_generated >= sequence.limit:
+            reason = "length"
+        seconds = sequence.prefill_seconds if sequence.n_generated == 1 else 0.0
+        self._tell(sequence, Event(sequence.id, token_id, logprobs, reason, prefill_seconds=seconds))
+
+    def _tell(self, sequence: _Sequence, event: Event) -> None:
+        self._outbox.append(event)
+        if event.finish_reason:
+            sequence.over = True
+            self._live.pop(sequence.id, None)
+
+    def _compact(self) -> None:
+        """Close the gaps that finished sequences left, by moving rows from the end into them."""
+        n_before = len(self._running)
+        keep = sum(not sequence.over for sequence in self._running)
+        gaps = [row for row in range(keep) if self._running[row].over]
+        movers = [row for row in range(keep, n_before) if not self._running[row].over]
+        for gap, mover in zip(gaps, movers, strict=True):
+            self._rows.copy_row(mover, gap)
+            self._running[gap] = self._running[mover]
+        del self._running[keep:]
+        if self._prefilling is not None and self._prefilling.over:
+            self._prefilling = None
+        if self._prefilling is not None and keep < n_before:
+            self._rows.copy_row(n_before, keep)
+
+    @property
+    def _rows(self) -> KVCache:
+        """The cache, made when first needed."""
+        if self._cache is None:
+            model = self.model
+            self._cache = make_cache(model.args, self.max_batch_size, dtype=model.dtype, device=model.device)
+        return self._cache
+
+    def _scrub(self, row: int) -> None:
+        """Zero a row that may hold NaN: masked out is not enough, for 0 * NaN is NaN in attention's sum."""
+        for tensor_LBHSK in (self._rows.k_LBHSK, self._rows.v_LBHSK):
+            tensor_LBHSK[:, row] = 0
+
+    def _abandon(self, error: Exception) -> None:
+        """End every sequence that has a row, and give up the cache, whose state nobody knows."""
+        told = {event.seq_id for event in self._outbox if event.finish_reason}
+        waiting = {sequence.id for sequence in self._waiting}
+        for sequence in [one for one in self._live.values() if one.id not in waiting]:
+            del self._live[sequence.id]
+            sequence.over = True
+            if sequence.id not in told:
+                self._outbox.append(Event(sequence.id, None, finish_reason="error", error=error))
+        self._running, self._prefilling, self._cache = [], None, None

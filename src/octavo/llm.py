@@ -1,0 +1,410 @@
+"""Text in, text out: a model, its tokenizer and an engine behind `LLM.generate`, `stream` and `chat`."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeGuard, overload
+
+import torch
+
+from octavo.chat import ChatTemplate, Message, Persona, template_for
+from octavo.checkpoint.source import read_json
+from octavo.completion import Chunk, Completion, Reply, Request
+from octavo.engine import Engine
+from octavo.errors import CheckpointError, ConfigError, HubError, OptionError, PromptError, TokenizerError
+from octavo.load import load_model
+from octavo.model import Mixtral
+from octavo.sampling import SamplingParams
+from octavo.tokenizer import Tokenizer
+
+__all__ = ["LLM", "Chunk", "Completion", "Conversation", "Prompt", "Stream", "find_model", "shipped_model"]
+
+SHIPPED = "menny"
+Prompt = str | Sequence[int]
+Conversation = Sequence[Message | Mapping[str, str]]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+class Stream(Iterator[Chunk]):
+    """A reply as it comes. Iterate for chunks; close it, or leave its `with` block, to stop the model.
+
+    Several streams of one `LLM` may be read in turn: each step of the engine serves them all.
+    """
+
+    def __init__(self, llm: LLM, request: Request) -> None:
+        self._llm = llm
+        self._request = request
+        (self._reply,) = request.replies.values()
+        self._shown_text = self._shown_ids = 0
+        self._open = True
+
+    def __next__(self) -> Chunk:
+        if not self._open:
+            raise StopIteration
+        reply = self._reply
+        try:
+            while len(reply.text) == self._shown_text and reply.finish_reason is None:
+                self._llm._step()
+            self._request.raise_error()
+        except BaseException:
+            self.close()
+            raise
+        text, ids = reply.text[self._shown_text :], tuple(reply.token_ids[self._shown_ids :])
+        logprobs = None if reply.logprobs is None else tuple(reply.logprobs[self._shown_ids :])
+        self._shown_text, self._shown_ids = len(reply.text), len(reply.token_ids)
+        if reply.finish_reason is None:
+            return Chunk(text, ids, logprobs)
+        self.close()
+        request = self._request
+        return Chunk(text, ids, logprobs, reply.finish_reason, request.usage(), request.timings())
+
+    def close(self) -> None:
+        """Stop generating. Nothing happens if the reply is finished or closed already."""
+        if self._open:
+            self._open = False
+            self._llm._drop([self._request])
+
+    @property
+    def result(self) -> Completion:
+        """The whole reply, once the stream is read to its end; after an earlier close, what came before.
+
+        Raises:
+            RuntimeError: the stream is still open.
+        """
+        if self._open:
+            raise RuntimeError("the reply is not finished: read the stream to its end, or close it")
+        return self._request.completion()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_open", False):  # a stream dropped half-read must not go on generating
+            self.close()
+
+
+class LLM:
+    """A language model to talk to. Not thread-safe.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: None leaves token ids as the only way in, and no text comes out.
+        eos_ids: ids that end every reply, besides the tokenizer's own end-of-text token.
+        max_batch_size: sequences generated at a time; more wait.
+    """
+
+    def __init__(
+        self,
+        model: Mixtral,
+        tokenizer: Tokenizer | None,
+        *,
+        eos_ids: Iterable[int] = (),
+        max_batch_size: int = 8,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        own = () if tokenizer is None or tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self.eos_ids = frozenset((*own, *eos_ids))
+        self.engine = Engine(model, max_batch_size=max_batch_size)
+        self._replies: dict[int, Reply] = {}  # those under way, by sequence
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        max_batch_size: int = 8,
+    ) -> LLM:
+        """Load a model from where `find_model` finds it.
+
+        Args:
+            source: "menny" for the model that ships with Octavo, a folder, or a Hub id such as "owner/name".
+            dtype: of weights and computation; by default the checkpoint's, and float32 for "menny", which is so small
+                that a CPU computes faster in it.
+            device: "cpu", "cuda", ...; by default a GPU if there is one.
+            revision: branch, tag or commit, for a Hub id.
+            max_batch_size: sequences generated at a time.
+
+        Raises:
+            UserError: everything `find_model`, `load_model` and `read_eos_ids` raise.
+        """
+        folder = find_model(source, revision)
+        if dtype is None and source == SHIPPED:
+            dtype = torch.float32
+        model, tokenizer = load_model(folder, dtype=dtype, device=device)
+        return cls(model, tokenizer, eos_ids=read_eos_ids(folder), max_batch_size=max_batch_size)
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        """How this checkpoint wants its conversations written."""
+        return template_for(self._need_tokenizer("a conversation"))
+
+    @overload
+    def generate(self, prompt: str | list[int], params: SamplingParams | None = None, **options: Any) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[int]], params: SamplingParams | None = None, **options: Any
+    ) -> list[Completion]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        **options: Any,
+    ) -> Completion | list[Completion]:
+        """Continue one prompt, or several in one batch.
+
+        Args:
+            prompt: text, or a list of token ids (taken as they are, without BOS); or a list of such prompts.
+            params: how to sample and when to stop; by default `SamplingParams()`.
+            options: fields of `SamplingParams`, over `params`: `generate("Once", temperature=0)`.
+
+        Returns:
+            A completion, whose text goes on where the prompt ends; for a list of prompts a list, in its order.
+
+        Raises:
+            PromptError: a prompt is empty, too long for the context, or neither text nor ids.
+            OptionError: an unknown option, or one out of range.
+            TokenizerError: text, or stop strings, and no tokenizer.
+        """
+        params = SamplingParams.from_options(options, params)
+        if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence) or _is_ids(prompt):
+            return self._complete([prompt], params)[0]
+        return self._complete(prompt, params)  # type: ignore[arg-type]  # _encode looks at each
+
+    def stream(
+        self,
+        prompt: Prompt | Conversation,
+        params: SamplingParams | None = None,
+        *,
+        persona: Persona | str | Path | None = None,
+        **options: Any,
+    ) -> Stream:
+        """Like `generate` for text or token ids, like `chat` for messages; the reply comes in chunks.
+
+        The request is checked and queued at once; generation goes on while the stream is read.
+
+        Raises:
+            UserError: what `generate` or `chat` raise; `n` other than 1; a persona without messages.
+        """
+        if isinstance(prompt, str) or _is_ids(prompt):
+            if persona is not None:
+                raise PromptError("a persona belongs to a conversation", "give messages, not text or ids")
+            params = SamplingParams.from_options(options, params)
+            ids, stop_ids, mid_text = self._encode(prompt), self.eos_ids, True
+        else:
+            ids, params, stop_ids = self._conversation(prompt, params, persona, options)  # type: ignore[arg-type]
+            mid_text = False
+        if params.n != 1:
+            raise OptionError(f"n is {params.n}; a stream gives one reply", "use generate or chat for several")
+        return Stream(self, self._submit(ids, params, stop_ids, mid_text=mid_text))
+
+    def chat(
+        self,
+        messages: Conversation,
+        params: SamplingParams | None = None,
+        *,
+        persona: Persona | str | Path | None = None,
+        **options: Any,
+    ) -> Completion:
+        """Reply to a conversation.
+
+        Args:
+            messages: `Message`s or `{"role": ..., "content": ...}`, the user's last.
+            params: how to sample and when to stop; by default the persona's defaults, then `SamplingParams()`'s.
+            persona: one by name or file; its system prompt is used unless the messages bring one.
+            options: fields of `SamplingParams`, over all of these.
+
+        Raises:
+            PromptError: the conversation is empty, out of turn, or too long for the context.
+            OptionError: an unknown option, or one out of range.
+            PersonaError: no such persona, or a file that cannot be used.
+            TokenizerError: the model has no tokenizer.
+        """
+        ids, params, stop_ids = self._conversation(messages, params, persona, options)
+        return self._finish([self._submit(ids, params, stop_ids, mid_text=False)])[0]
+
+    # ---------------------------------------- from text to sequences
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise TokenizerError(
+                f"the model has no tokenizer, and {what} needs one",
+                "put tokenizer.model or tokenizer.json into its folder, or give token ids",
+            )
+        return self.tokenizer
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            tokenizer = self._need_tokenizer("text")
+            if not prompt:
+                raise PromptError("the prompt is empty", "give it at least a word to go on from")
+            return tokenizer.encode(prompt, bos=tokenizer.adds_bos)
+        if not _is_ids(prompt):
+            raise PromptError(f"a prompt must be text or a list of token ids, found {type(prompt).__name__}")
+        return [int(token_id) for token_id in prompt]
+
+    def _conversation(
+        self,
+        messages: Conversation,
+        params: SamplingParams | None,
+        persona: Persona | str | Path | None,
+        options: Mapping[str, Any],
+    ) -> tuple[list[int], SamplingParams, frozenset[int]]:
+        """Prompt ids, parameters and stop ids of a conversation."""
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
+            kind = type(messages).__name__
+            raise PromptError(f"a conversation must be a list of messages, found {kind}")
+        turns = [Message.of(message) for message in messages]
+        if persona is not None:
+            persona = persona if isinstance(persona, Persona) else Persona.load(persona)
+            params = params or SamplingParams.from_options(persona.sampling)
+            if persona.system and not any(turn.role == "system" for turn in turns):
+                turns.insert(0, Message("system", persona.system))
+        params = SamplingParams.from_options(options, params)
+        return self.template.render(turns), params, self.eos_ids | frozenset(self.template.stop_ids)
+
+    def _submit(self, ids: list[int], params: SamplingParams, stop_ids: Iterable[int], *, mid_text: bool) -> Request:
+        """Queue n sequences for one prompt."""
+        if params.stop:
+            self._need_tokenizer("a stop string")
+        request = Request(len(ids))
+        try:
+            for index in range(params.n):
+                reply = Reply(self.tokenizer, params, mid_text=mid_text)
+                seq_id = self.engine.add(ids, params, stop_ids=stop_ids, index=index)
+                request.replies[seq_id] = self._replies[seq_id] = reply
+        except BaseException:
+            self._drop([request])
+            raise
+        return request
+
+    # ---------------------------------------- from sequences to text
+
+    def _complete(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
+        """Continue prompts; an error about one of several says which."""
+        requests: list[Request] = []
+        try:
+            for prompt in prompts:
+                ids = self._encode(prompt)
+                requests.append(self._submit(ids, params, self.eos_ids, mid_text=True))
+        except BaseException as error:
+            self._drop(requests)
+            if isinstance(error, PromptError) and len(prompts) > 1:
+                which = f"prompt {len(requests) + 1} of {len(prompts)}"
+                raise PromptError(f"{which}: {error.message}", error.hint) from None
+            raise
+        return self._finish(requests)
+
+    def _finish(self, requests: list[Request]) -> list[Completion]:
+        """Step until all are done."""
+        try:
+            while not all(request.done for request in requests):
+                self._step()
+        finally:
+            self._drop(requests)
+        for request in requests:
+            request.raise_error()
+        return [request.completion() for request in requests]
+
+    def _step(self) -> None:
+        """One step of the engine, for everyone: each event goes to its reply."""
+        if not self.engine.has_work:
+            raise RuntimeError("a reply is waited for, but the engine has nothing to do")
+        events, now = self.engine.step(), time.perf_counter()
+        for event in events:
+            reply = self._replies.get(event.seq_id)
+            if reply is None:
+                continue
+            reply.take(event, now)
+            if reply.finish_reason is not None:
+                del self._replies[event.seq_id]
+                self.engine.cancel(event.seq_id)  # a stop string ends what the engine would go on with
+
+    def _drop(self, requests: Iterable[Request]) -> None:
+        """Stop what is still under way."""
+        for request in requests:
+            for seq_id in request.replies:
+                self.engine.cancel(seq_id)
+                self._replies.pop(seq_id, None)
+
+
+def _is_ids(prompt: object) -> TypeGuard[Sequence[int]]:
+    """Whether this is a list of token ids; an empty list is one, of an empty prompt."""
+    if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence):
+        return False
+    return all(isinstance(one, numbers.Integral) and not isinstance(one, bool) for one in prompt)
+
+
+def shipped_model() -> Path:
+    """Return the folder of the model that ships with Octavo.
+
+    Raises:
+        CheckpointError: this installation lacks it.
+    """
+    folder = Path(__file__).parent / "models" / SHIPPED
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: the model that ships with Octavo is not there",
+            "install Octavo again, or give a model folder or a Hub id",
+        )
+    return folder
+
+
+def find_model(source: str | Path, revision: str | None = None) -> Path:
+    """Return the folder a model's name stands for.
+
+    "menny" is the shipped model; a folder that exists is itself; text of the form "owner/name" is looked up on the
+    Hub and downloaded where it is not cached; anything else is taken for a folder. A `Path` is always a folder.
+
+    Raises:
+        CheckpointError: the shipped model is asked for and not there.
+        HubError: no such repository, or the Hub cannot be reached.
+    """
+    if isinstance(source, str):
+        if source == SHIPPED:
+            return shipped_model()
+        if _HUB_ID.fullmatch(source) and not Path(source).is_dir():
+            return _from_hub(source, revision)
+    return Path(source).expanduser()
+
+
+def _from_hub(repo_id: str, revision: str | None) -> Path:
+    # Most models lie on the disk already: the Hub's client is imported for those that do not.
+    from octavo.hub import snapshot
+
+    try:
+        return snapshot(repo_id, revision=revision)
+    except HubError as error:
+        raise HubError(f"{error.message} (nor is there a folder {repo_id!r} here)", error.hint) from error
+
+
+def read_eos_ids(folder: Path) -> tuple[int, ...]:
+    """Return the end-of-text ids of a folder's generation_config.json, if it has one: an id, a list, or none.
+
+    Raises:
+        ConfigError: the file is no JSON object, or its eos_token_id is neither.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return ()
+    value = read_json(path).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+        raise ConfigError(f"{path}: eos_token_id is {value!r}; expected a token id, a list of them, or null")
+    return tuple(ids)
