@@ -24,7 +24,7 @@ format: .venv/test.stamp
 # The shipped model from nothing: text, tokenizer, an hour of training on two cores, evaluation.
 model: .venv/test.stamp runs/menny/tokenizer.model
 	$(BIN)/octavo train recipes/menny/config.toml
-	$(BIN)/python recipes/menny/evaluate.py --model runs/menny/out/model --data runs/menny/data --out runs/menny/evaluation.json
+	$(BIN)/python recipes/menny/ship.py
 
 # Mixture of experts against a dense model of the same active size; docs/experiments/moe-vs-dense.md.
 experiment: .venv/test.stamp runs/menny/tokenizer.model

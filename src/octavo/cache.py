@@ -63,11 +63,11 @@ class NoCache:
 
 
 class KVCache:
-    """A cache that grows by doubling, up to the model's context.
+    """A cache that grows by doubling, up to the model's context; rows too take memory only once they are used.
 
     Args:
         args: the model's shape.
-        batch_size: rows.
+        batch_size: rows at most.
         capacity: slots a row has to begin with.
         dtype, device: of keys and values; must be the model's.
 
@@ -88,10 +88,10 @@ class KVCache:
         self.lengths = [0] * batch_size
         self.padded = [False] * batch_size
         capacity = min(capacity, args.max_seq_len)
-        shape = (args.n_layers, batch_size, args.n_kv_heads, capacity, args.head_dim)
+        shape = (args.n_layers, 1, args.n_kv_heads, capacity, args.head_dim)
         self.k_LBHSK = torch.zeros(shape, dtype=dtype, device=device)
         self.v_LBHSK = torch.zeros(shape, dtype=dtype, device=device)
-        self.positions_BS = torch.full((batch_size, capacity), -1, dtype=torch.int64, device=device)
+        self.positions_BS = torch.full((1, capacity), -1, dtype=torch.int64, device=device)
 
     @property
     def capacity(self) -> int:
@@ -105,6 +105,7 @@ class KVCache:
 
     def rows(self, start: int, stop: int) -> RowView:
         """Return a view of rows start..stop-1, which a forward takes for its cache."""
+        self._reserve(rows=stop)
         return RowView(self, start, stop)
 
     def begin(self, tokens: int, positions_BT: Tensor | None = None) -> Step:
@@ -113,12 +114,14 @@ class KVCache:
 
     def reset_row(self, row: int) -> None:
         """Forget a row."""
+        self._reserve(rows=row + 1)
         self.lengths[row] = 0
         self.padded[row] = False
         self.positions_BS[row] = -1
 
     def copy_row(self, source: int, target: int) -> None:
         """Overwrite row ``target`` with row ``source``."""
+        self._reserve(rows=max(source, target) + 1)
         used = min(self.lengths[source], self.capacity)
         for tensor in (self.k_LBHSK, self.v_LBHSK):
             tensor[:, target, :, :used] = tensor[:, source, :, :used]
@@ -126,16 +129,19 @@ class KVCache:
         self.lengths[target] = self.lengths[source]
         self.padded[target] = self.padded[source]
 
-    def _reserve(self, slots: int) -> None:
-        if slots <= self.capacity:
-            return
-        more = min(max(slots, 2 * self.capacity), self.args.max_seq_len) - self.capacity
-        self.k_LBHSK = torch.nn.functional.pad(self.k_LBHSK, (0, 0, 0, more))
-        self.v_LBHSK = torch.nn.functional.pad(self.v_LBHSK, (0, 0, 0, more))
-        self.positions_BS = torch.nn.functional.pad(self.positions_BS, (0, more), value=-1)
+    def _reserve(self, rows: int = 0, slots: int = 0) -> None:
+        """Make room for so many rows of so many slots."""
+        have = self.positions_BS.shape
+        more_rows = _growth(have[0], rows, len(self.lengths))
+        more_slots = _growth(have[1], slots, self.args.max_seq_len)
+        if more_rows or more_slots:
+            pad = torch.nn.functional.pad
+            self.k_LBHSK = pad(self.k_LBHSK, (0, 0, 0, more_slots, 0, 0, 0, more_rows))
+            self.v_LBHSK = pad(self.v_LBHSK, (0, 0, 0, more_slots, 0, 0, 0, more_rows))
+            self.positions_BS = pad(self.positions_BS, (0, more_slots, 0, more_rows), value=-1)
 
     def _step(self, rows: slice, starts: list[int], positions_BT: Tensor, plain: bool) -> Step:
-        self._reserve(max(starts) + positions_BT.shape[1])
+        self._reserve(slots=max(starts) + positions_BT.shape[1])
         return _GrowingStep(self, rows, starts, positions_BT, plain)
 
 
@@ -272,6 +278,10 @@ class _RollingStep:
         seen_BHSK = torch.cat((ring_BHSK, new_BHTK), dim=2)
         _scatter_slots(ring_BHSK, self._slots_BT, new_BHTK[:, :, -self._kept :])
         return seen_BHSK
+
+
+def _growth(have: int, want: int, limit: int) -> int:
+    return 0 if want <= have else min(max(want, 2 * have), limit) - have
 
 
 def _scatter_slots(cached_BHSK: Tensor, slots_BT: Tensor, new_BHTK: Tensor) -> None:

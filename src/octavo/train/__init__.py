@@ -1,0 +1,1 @@
+"""Training from scratch: router and experts jointly, in plain torch."""
