@@ -10,6 +10,8 @@ from octavo.errors import ConfigError
 
 DEFAULT_ROPE_THETA = 1_000_000.0  # Mixtral's; its params.json leaves it out
 DEFAULT_MAX_SEQ_LEN = 32_768
+SIZE_LIMIT = 2**31  # of any one size, and
+PARAMS_LIMIT = 2**50  # of all parameters together: beyond lies nonsense, and then overflow
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class ModelArgs:
             value = getattr(self, name)
             if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")):
                 raise ConfigError(f"{name} is {value!r}; expected a positive number")
+        if self.n_params >= PARAMS_LIMIT:
+            raise ConfigError(f"the sizes make a model of {self.n_params:.1e} parameters, more than any machine holds")
 
     @property
     def attention_params(self) -> int:
@@ -118,9 +122,8 @@ class ModelArgs:
         try:
             return _HFConfig(config, where).args()
         except ConfigError as error:
-            if error.message.startswith(where):
-                raise
-            raise ConfigError(f"{where}: {error.message}", error.hint) from None
+            message = error.message if error.message.startswith(where) else f"{where}: {error.message}"
+            raise ConfigError(message, error.hint or "is this the config.json that came with the weights?") from None
 
     def to_hf(self) -> dict[str, Any]:
         """Return the ``config.json`` that transformers reads as MixtralForCausalLM (or MistralForCausalLM)."""
@@ -193,9 +196,7 @@ class _HFConfig:
                     hint="is this the config.json that came with the weights?",
                 )
             return default
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ConfigError(f"{self.where}: {key} is {value!r}; expected a positive integer")
-        return value
+        return _check_size(key, value)
 
     def number(self, value: Any, key: str, default: float) -> float:
         if value is None:
@@ -237,6 +238,12 @@ class _HFConfig:
 
 def _positive(args: object, *names: str) -> None:
     for name in names:
-        value = getattr(args, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ConfigError(f"{name} is {value!r}; expected a positive integer")
+        _check_size(name, getattr(args, name))
+
+
+def _check_size(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ConfigError(f"{name} is {value!r}; expected a positive integer")
+    if value >= SIZE_LIMIT:
+        raise ConfigError(f"{name} is {value:.3g}; expected a positive integer below {SIZE_LIMIT}")
+    return value

@@ -406,5 +406,8 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
     value = read_json(path).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
-        raise ConfigError(f"{path}: eos_token_id is {value!r}; expected a token id, a list of them, or null")
+        raise ConfigError(
+            f"{path}: eos_token_id is {value!r}; expected a token id, a list of them, or null",
+            hint="is this the file that came with the weights?",
+        )
     return tuple(ids)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from octavo.args import ModelArgs
-from octavo.checkpoint.names import IGNORED, Layout, find, recognise
+from octavo.checkpoint.names import HF_FUSED, IGNORED, Layout, find, recognise
 from octavo.checkpoint.source import TensorSource, open_checkpoint, read_json
 from octavo.errors import CheckpointError, OptionError
 from octavo.model import Mixtral
@@ -56,6 +56,7 @@ def load_model(
     source = open_checkpoint(folder)
     config = folder / "config.json"
     args = ModelArgs.from_hf(read_json(config), where=str(config))
+    _check_counts(source, args, config)
     with torch.device("meta"), _NoInit():
         model = Mixtral(args)
     _fill(model, source, folder, wanted, place)
@@ -98,6 +99,21 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(path), attribute, nn.Parameter(tensor, requires_grad=False))
 
 
+def _check_counts(source: TensorSource, args: ModelArgs, config: Path) -> None:
+    """Refuse to build more layers and experts than the tensors could be of: billions would take for ever."""
+    names = source.names()
+    most = len(names)  # each expert has a tensor of its own, or all of a layer's lie stacked in one
+    if recognise(names, args) is HF_FUSED:
+        most *= max(shape[0] for shape in (source.info(name).shape for name in names) if shape)
+    experts = args.moe.num_experts if args.moe else 1
+    if args.n_layers * experts > most:
+        kind = f" of {experts} experts" if args.moe else ""
+        raise CheckpointError(
+            f"{config}: describes {args.n_layers} layers{kind}, which the {len(names)} tensors beside it cannot be",
+            hint="is this the config.json that came with these weights?",
+        )
+
+
 def _check(
     source: TensorSource, parameters: dict[str, nn.Parameter], layout: Layout, args: ModelArgs, folder: Path
 ) -> None:
@@ -133,7 +149,10 @@ def _check(
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(dtype, str):
         if dtype not in FLOATS:
-            raise OptionError(f"dtype is {dtype!r}; expected one of {', '.join(FLOATS)}")
+            raise OptionError(
+                f"dtype is {dtype!r}; expected one of {', '.join(FLOATS)}",
+                hint="leave the option out for the weights' own",
+            )
         return FLOATS[dtype]
     return dtype
 

@@ -230,7 +230,7 @@ def _parse_number(name: str, text: object, kind: type[int] | type[float]) -> obj
     except ValueError:
         shape = {"logit_bias": "id:bias,id:bias", "stop_ids": "id,id"}.get(name)
         what = "an integer" if kind is int else "a number"
-        hint = f"write {name}={shape}" if shape else None
+        hint = f"write {name}={shape}" if shape else "leave the option out for its default"
         raise OptionError(f"{name} is {text!r}; expected {what}", hint) from None
 
 

@@ -31,6 +31,7 @@ DTYPES = {
 }
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_FETCH_AGAIN = "the file is damaged; fetch it again"
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: no such file", hint="a model folder holds config.json beside its .safetensors files"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
+        raise ConfigError(f"{path}: not a readable JSON file ({error})", hint=_FETCH_AGAIN) from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}", hint=_FETCH_AGAIN)
     return value
 
 
@@ -118,7 +119,8 @@ def _entry(path: Path, name: str, entry: Any, data_bytes: int) -> TensorInfo:
         raise _broken(path, f"the header's shape or offsets of {name!r} are not whole numbers")
     if dtype is None:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has dtype {entry['dtype']!r}; expected one of {', '.join(DTYPES)}"
+            f"{path}: tensor {name!r} has dtype {entry['dtype']!r}; expected one of {', '.join(DTYPES)}",
+            hint="quantised weights are not read; look for the original ones",
         )
     nbytes = math.prod(shape) * dtype.itemsize
     if end - begin != nbytes:
@@ -151,10 +153,12 @@ class SafetensorsSource:
     def _read_index(self, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, Mapping) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{index}: expected a weight_map of tensor names to file names")
+            raise CheckpointError(f"{index}: expected a weight_map of tensor names to file names", hint=_FETCH_AGAIN)
         for shard in sorted(set(weight_map.values())):
             if Path(shard).name != shard:
-                raise CheckpointError(f"{index}: names the shard {shard!r}; expected a file of the same folder")
+                raise CheckpointError(
+                    f"{index}: names the shard {shard!r}; expected a file of the same folder", hint=_FETCH_AGAIN
+                )
             if not (self.folder / shard).exists():
                 raise CheckpointError(
                     f"{index}: names the shard {shard!r}, which is not in the folder",
@@ -163,7 +167,9 @@ class SafetensorsSource:
             self._infos.update(read_header(self.folder / shard))
         for name, shard in weight_map.items():
             if name not in self._infos or self._infos[name].file.name != shard:
-                raise CheckpointError(f"{index}: tensor {name!r} is not in {shard!r}, where the index puts it")
+                raise CheckpointError(
+                    f"{index}: tensor {name!r} is not in {shard!r}, where the index puts it", hint=_FETCH_AGAIN
+                )
 
     def names(self) -> list[str]:
         """Return every stored name."""
@@ -195,7 +201,7 @@ class SafetensorsSource:
                 self._open[path] = safe_open(path, framework="pt", device="cpu")
             tensor: Tensor = self._open[path].get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot read tensor {name!r} ({error})") from None
+            raise CheckpointError(f"{path}: cannot read tensor {name!r} ({error})", hint=_FETCH_AGAIN) from None
         return tensor
 
 

@@ -47,12 +47,20 @@ class TokenizerJson:
         self._write, self.rules = compile_decoder(spec.get("decoder"), path)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokens.encode(text, add_special_tokens=False).ids
+        return self._encode(self._tokens, text)
 
     def encode_controls(self, text: str) -> list[int] | None:
         if self._parsing is None:
             self._parsing = _open(self._spec, self._path)
-        return self._parsing.encode(text, add_special_tokens=False).ids
+        return self._encode(self._parsing, text)
+
+    def _encode(self, tokens: tokenizers.Tokenizer, text: str) -> list[int]:
+        try:
+            return tokens.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing narrower
+            raise TokenizerError(
+                f"{self._path}: cannot encode the text ({error})", "the file lacks what its own model needs"
+            ) from None
 
     def piece(self, token_id: int) -> Piece | None:
         name = self._tokens.id_to_token(token_id)
@@ -71,7 +79,10 @@ class TokenizerJson:
 def _added_tokens(spec: Mapping[str, Any], path: Path) -> list[AddedToken]:
     try:
         entries = spec.get("added_tokens") or ()
-        return [AddedToken(str(t["content"]), int(t["id"]), bool(t["special"])) for t in entries]
+        tokens = [AddedToken(t["content"], int(t["id"]), bool(t["special"])) for t in entries]
+        if not all(isinstance(token.name, str) for token in tokens):
+            raise TypeError("a token's content must be a string")
+        return tokens
     except (KeyError, TypeError, ValueError) as error:
         raise TokenizerError(f"{path}: added_tokens cannot be read ({error!r})") from None
 

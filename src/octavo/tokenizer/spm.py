@@ -109,7 +109,8 @@ def _open(path: Path) -> SentencePieceProcessor:
     try:
         model = SentencePieceProcessor(model_proto=data)
         size = model.get_piece_size()
-    except (RuntimeError, OSError) as error:
+        model.id_to_piece(list(range(size)))  # here and now, should one of them not be text
+    except (RuntimeError, OSError, UnicodeDecodeError) as error:
         reason = str(error).partition(":")[2].strip() or str(error)
         raise TokenizerError(f"{path}: not a SentencePiece model ({reason})", damage_hint(data)) from None
     if not size:

@@ -27,6 +27,7 @@ from octavo.errors import ConfigError
 
 T = TypeVar("T")
 DTYPES = ("auto", "float32", "bfloat16")
+_HELP = "the tables and their keys are described in octavo/train/config.py"
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,14 @@ class TrainConfig:
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file", hint="give the path of a training TOML") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from None
+            raise ConfigError(f"{path}: cannot be read: {error}", hint="is it a text file in UTF-8?") from None
         except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: not valid TOML: {error}") from None
-        return cls.from_dict(table, where=str(path))
+            raise ConfigError(f"{path}: not valid TOML: {error}", hint=_HELP) from None
+        try:
+            return cls.from_dict(table, where=str(path))
+        except ConfigError as error:  # ModelArgs knows no file
+            message = error.message if error.message.startswith(str(path)) else f"{path}: [model] {error.message}"
+            raise ConfigError(message, error.hint or _HELP) from None
 
     @classmethod
     def from_dict(cls, table: dict[str, Any], where: str = "training config") -> TrainConfig:

@@ -1,0 +1,78 @@
+"""The command line: `octavo VERB`. One module per verb, imported when it is called for.
+
+stdout is data, stderr is progress and logs. Exit codes: 0 done, 1 bad input (one line that says what is wrong, and
+a hint), 2 a command line that cannot be read, 130 interrupted. A traceback is a bug.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+import octavo
+from octavo.cli.terminal import INTERRUPTED, tell_error
+from octavo.errors import UserError
+
+VERBS = ("chat", "generate", "train")
+
+
+class _Verbs(click.Group):
+    """Finds the verb `x` as `octavo.cli.x.command`, so that nothing is imported for the others."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(f"octavo.cli.{cmd_name}").command
+        return command
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(octavo.__version__, "-V", "--version", prog_name="octavo", message="%(prog)s %(version)s")
+def octavo_command() -> None:
+    """Sparse mixture-of-experts language models on the memory you have.
+
+    \b
+    octavo chat                     talk to the model that ships with Octavo
+    octavo generate "Who are you?"  one reply on stdout
+    octavo train CONFIG.toml        train a model from scratch
+    """
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    Args:
+        args: without the program's name; by default those of the process.
+    """
+    sys.exit(_run(args))
+
+
+def _run(args: Sequence[str] | None) -> int:
+    _write_any_character()
+    try:
+        code = octavo_command.main(args, prog_name="octavo", standalone_mode=False)
+    except UserError as error:
+        tell_error(error)
+        return 1
+    except click.Abort:  # Ctrl-C; click has ended the line already
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def _write_any_character() -> None:
+    """Where the terminal's encoding lacks a character, write a question mark instead of failing."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)  # absent where stdout is something else's buffer
+    if reconfigure is not None:
+        reconfigure(errors="replace")

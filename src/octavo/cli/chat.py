@@ -1,0 +1,206 @@
+"""`octavo chat`: a conversation, line by line."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+import octavo
+from octavo.cli.options import (
+    NO_PERSONA,
+    choose_persona,
+    converses,
+    load,
+    model_options,
+    parse_pairs,
+    sampling,
+    speaker_options,
+)
+from octavo.cli.terminal import decode, note, show, stdin_is_terminal, tell_error
+from octavo.errors import PromptError, UserError
+
+if TYPE_CHECKING:
+    from octavo.cli.conversation import Conversation
+    from octavo.llm import LLM, Stream
+
+PROMPT = "> "
+COMMANDS = {
+    "/reset": "forget what was said",
+    "/persona": "NAME, FILE or none: speak as somebody else; alone, say who speaks",
+    "/help": "this list",
+    "/quit": "leave, as Ctrl-D does",
+}
+_COMMAND = re.compile(r"/[a-zA-Z]+")
+
+
+@click.command("chat")
+@model_options
+@speaker_options
+def command(
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+    persona: str | None,
+    system: str | None,
+    pairs: tuple[str, ...],
+) -> None:
+    """Talk to a model.
+
+    Ctrl-C stops a reply; /quit or Ctrl-D leaves, /help lists the commands. When the conversation outgrows the
+    model's context, its oldest turns are forgotten, with a note. When stdin is not a terminal, each of its lines
+    is a turn, and stdout gets the replies alone.
+
+    \b
+    octavo chat
+    octavo chat --model ./mixtral --system "Answer in one sentence." -o temperature=0.3
+    """
+    options = parse_pairs(pairs)
+    speaker = choose_persona(persona, model)
+    sampling(speaker, options)  # what is misspelt should not wait for the model
+    llm = load(model, dtype, device)
+    from octavo.cli.conversation import Conversation
+    from octavo.llm import SHIPPED
+
+    conversation = Conversation(llm, speaker, system, options)
+    interactive = stdin_is_terminal()
+    if interactive:
+        _greet(SHIPPED if model is None else model, llm, conversation)
+    if not converses(llm):
+        note("the model has no chat template; asked as Mistral's first chat models are")
+    _Chat(conversation, interactive).run()
+
+
+def _greet(name: str, llm: LLM, conversation: Conversation) -> None:
+    args = llm.model.args
+    size = f"{_size(args.n_params)} parameters"
+    if args.moe:
+        size += f", {_size(args.n_active_params)} a token"
+    persona = f"; persona {conversation.persona.name}" if conversation.persona else ""
+    note(f"octavo {octavo.__version__}: {name}, {size}, context {args.max_seq_len:,} tokens{persona}")
+    note("Ctrl-C stops a reply, /quit or Ctrl-D leaves, /help lists the commands")
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return str(count)
+
+
+class _Chat:
+    """Reads turns and commands until there are no more."""
+
+    def __init__(self, conversation: Conversation, interactive: bool) -> None:
+        self._conversation = conversation
+        self._interactive = interactive
+        self._line = 0
+        if interactive:
+            with contextlib.suppress(ImportError):  # line editing and history, where Python has them
+                import readline  # noqa: F401
+
+    def run(self) -> None:
+        """Until /quit or the end of stdin. In a pipe an error or Ctrl-C ends it too."""
+        while True:
+            try:
+                line = self._read()
+                if line is None or not self._take(line.strip()):
+                    return
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                note("\n/quit or Ctrl-D leaves")
+            except UserError as error:
+                if not self._interactive:
+                    raise
+                tell_error(error)
+
+    def _read(self) -> str | None:
+        """The next line, or None at the end of stdin.
+
+        Raises:
+            PromptError: it is not UTF-8.
+        """
+        if self._interactive:
+            return self._ask()
+        line = sys.stdin.buffer.readline() if sys.stdin is not None else b""
+        self._line += 1
+        return decode(line, f"line {self._line} of stdin") if line else None
+
+    def _ask(self) -> str | None:
+        try:
+            if sys.stdout.isatty():
+                return input(PROMPT)
+            click.echo(PROMPT, nl=False, err=True)  # stdout is for replies
+            return sys.stdin.readline() or None
+        except EOFError:
+            click.echo(err=True)
+            return None
+        except UnicodeDecodeError:
+            raise PromptError("what was typed is not valid UTF-8", hint="is the terminal set to UTF-8?") from None
+
+    def _take(self, line: str) -> bool:
+        """Heed one line; False to leave."""
+        word, _, rest = line.partition(" ")
+        if _COMMAND.fullmatch(word):  # a path, such as /usr/bin, is not one
+            return self._command(word.lower(), rest.strip())
+        if line:
+            self._reply(line)
+        return True
+
+    def _command(self, word: str, rest: str) -> bool:
+        if word == "/quit":
+            return False
+        if word == "/reset":
+            self._conversation.reset()
+            note("forgotten")
+        elif word == "/persona":
+            self._persona(rest)
+        else:
+            if word != "/help":
+                note(f"there is no command {word}; these are:")
+            for name, meaning in COMMANDS.items():
+                note(f"  {name:<9} {meaning}")
+        return True
+
+    def _persona(self, name: str) -> None:
+        from octavo.chat import Persona
+
+        if name:
+            self._conversation.become(None if name.lower() == NO_PERSONA else Persona.load(name))
+        persona = self._conversation.persona
+        who = persona.name if persona else NO_PERSONA
+        note(f"persona: {who}" + ("" if name else f"; these ship: {', '.join(Persona.shipped())}"))
+
+    def _reply(self, text: str) -> None:
+        stream, dropped = self._conversation.ask(text)
+        if dropped:
+            note(f"the context is full: forgot the oldest {dropped} of the exchanges (/reset forgets all)")
+        stopped = False
+        try:
+            with stream:
+                for chunk in stream:
+                    show(chunk.text)
+        except KeyboardInterrupt:
+            if not self._interactive:
+                raise
+            stopped = True
+        finally:
+            show("\n")
+            self._conversation.answer(stream.result.text)
+        if self._interactive:
+            self._tell(stream, stopped)
+
+    def _tell(self, stream: Stream, stopped: bool) -> None:
+        """How the reply went, where a person reads along."""
+        result = stream.result
+        said = f"{result.usage.completion_tokens} tokens, {result.timings.tokens_per_second:.0f} tok/s"
+        if stopped:
+            said += "; stopped"
+        elif result.finish_reason == "length":
+            full = result.usage.total_tokens >= self._conversation.context
+            said += "; cut short: the context is full" if full else "; cut short (-o max_tokens=N allows more)"
+        note(said)

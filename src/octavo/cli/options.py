@@ -1,0 +1,118 @@
+"""Options that verbs share, and what they stand for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from octavo.errors import OptionError, TokenizerError
+
+if TYPE_CHECKING:
+    from octavo.chat import Persona
+    from octavo.llm import LLM
+    from octavo.sampling import SamplingParams
+
+F = TypeVar("F", bound=Callable[..., Any])
+NO_PERSONA = "none"
+# Active parameters up to which one thread does all: the matrices are too small to share out, the other threads would
+# only spin at every operation's end, and on a busy machine the first one would wait for them (20 times slower).
+SMALL = 50_000_000
+
+
+def model_options(command: F) -> F:
+    """--model, --dtype, --device."""
+    for decorate in (
+        click.option("--device", metavar="DEVICE", help="cpu, cuda, ...; by default a GPU if there is one."),
+        click.option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; by default the weights' own."),
+        click.option("--model", "-m", metavar="M", help="A folder or a Hub id; by default the model that ships."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def speaker_options(command: F) -> F:
+    """--persona, --system, -o."""
+    for decorate in (
+        click.option(
+            "--option", "-o", "pairs", multiple=True, metavar="KEY=VALUE",
+            help="A sampling option, such as temperature=0, top_p=0.9, max_tokens=100, seed=1. Repeatable.",
+        ),
+        click.option("--system", metavar="TEXT", help="System prompt, in the place of the persona's."),
+        click.option(
+            "--persona", "-p", metavar="NAME|FILE",
+            help="Who speaks: a shipped persona, a TOML file, or none. The shipped model is menny by default.",
+        ),
+    ):  # fmt: skip
+        command = decorate(command)
+    return command
+
+
+def parse_pairs(pairs: Sequence[str]) -> dict[str, str]:
+    """`-o key=value` as a dict; of a key given twice the last counts.
+
+    Raises:
+        OptionError: there is no "=" in one.
+    """
+    options: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise OptionError(f"-o {pair!r}: expected key=value", hint="such as -o temperature=0")
+        options[key.strip()] = value
+    return options
+
+
+def choose_persona(name: str | None, model: str | None) -> Persona | None:
+    """The persona a name stands for; without a name, the shipped model's own.
+
+    Raises:
+        PersonaError: no such persona, or a file that cannot be used.
+    """
+    from octavo.chat import Persona
+    from octavo.llm import SHIPPED
+
+    if name is None and model in (None, SHIPPED):
+        name = SHIPPED
+    return None if name is None or name.lower() == NO_PERSONA else Persona.load(name)
+
+
+def sampling(persona: Persona | None, options: dict[str, str]) -> SamplingParams:
+    """The defaults, then the persona's, then what -o says.
+
+    Raises:
+        OptionError: an unknown option, or a value that will not do.
+    """
+    from octavo.sampling import SamplingParams
+
+    base = SamplingParams.from_options(persona.sampling) if persona else None
+    return SamplingParams.from_options(options, base)
+
+
+def load(model: str | None, dtype: str | None, device: str | None) -> LLM:
+    """Load the model a name stands for, by default the one that ships.
+
+    Raises:
+        UserError: see `octavo.llm.LLM.load`.
+    """
+    from octavo.llm import LLM, SHIPPED
+
+    name = SHIPPED if model is None else model
+    llm = LLM.load(name, dtype=dtype, device=device)
+    if llm.tokenizer is None:
+        raise TokenizerError(
+            f"{name}: holds no tokenizer, and text needs one", hint="put tokenizer.model or tokenizer.json into it"
+        )
+    if llm.model.args.n_active_params < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
+    return llm
+
+
+def converses(llm: LLM) -> bool:
+    """Whether the folder says how to talk to the model: a chat template, or `[INST]` as a control token."""
+    tokenizer = llm.tokenizer
+    return tokenizer is not None and (tokenizer.chat_template is not None or tokenizer.control_id("[INST]") is not None)
