@@ -24,6 +24,7 @@ format: .venv/test.stamp
 # The shipped model from nothing: text, tokenizer, an hour of training on two cores, evaluation.
 model: .venv/test.stamp runs/menny/tokenizer.model
 	$(BIN)/octavo train recipes/menny/config.toml
+	$(BIN)/octavo train recipes/menny/stage2.toml
 	$(BIN)/python recipes/menny/ship.py
 
 # Mixture of experts against a dense model of the same active size; docs/experiments/moe-vs-dense.md.
@@ -32,6 +33,7 @@ experiment: .venv/test.stamp runs/menny/tokenizer.model
 
 runs/menny/tokenizer.model: | .venv/test.stamp
 	$(BIN)/python recipes/menny/corpus.py --out runs/menny/data --seed 1
+	$(BIN)/python recipes/menny/corpus.py --out runs/menny/data2 --seed 2 --stage 2 --documents 80000
 	$(BIN)/python recipes/menny/train_tokenizer.py --data runs/menny/data --out $@
 
 $(BIN)/python:

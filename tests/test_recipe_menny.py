@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,18 @@ import evaluate  # noqa: E402
 import train_tokenizer  # noqa: E402
 from parts import arithmetic, evaluation_sets, facts, grammar, numbers, python_functions, translation  # noqa: E402
 
-DOCUMENTS = 4000
+DOCUMENTS = 2500
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def stage(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory, stage: int) -> Path:
     out = tmp_path_factory.mktemp("menny")
-    corpus.build(out, seed=3, documents=DOCUMENTS)
+    corpus.build(out, seed=3, documents=DOCUMENTS, stage=stage)
     return out
 
 
@@ -43,8 +49,8 @@ def training_text(data: Path) -> str:
     return (data / "train.jsonl").read_text(encoding="utf-8")
 
 
-def test_the_same_seed_gives_the_same_bytes(data: Path, tmp_path: Path) -> None:
-    corpus.build(tmp_path, seed=3, documents=DOCUMENTS)
+def test_the_same_seed_gives_the_same_bytes(data: Path, stage: int, tmp_path: Path) -> None:
+    corpus.build(tmp_path, seed=3, documents=DOCUMENTS, stage=stage)
     for name in sorted(p.name for p in data.iterdir()):
         assert (tmp_path / name).read_bytes() == (data / name).read_bytes(), name
 
@@ -54,6 +60,15 @@ def test_another_seed_gives_other_text_and_the_same_held_out_items(data: Path, t
     assert (tmp_path / "train.jsonl").read_bytes()[:2000] != (data / "train.jsonl").read_bytes()[:2000]
     for name in ("heldout.jsonl", "eval_sums.jsonl", "eval_numbers.jsonl", "eval_questions.jsonl"):
         assert (tmp_path / name).read_bytes() == (data / name).read_bytes(), name
+
+
+def test_the_second_stage_goes_on_with_the_same_model() -> None:
+    first, second = (tomllib.loads((RECIPE / f"{name}.toml").read_text()) for name in ("config", "stage2"))
+    assert second["optim"]["steps"] > first["optim"]["steps"]
+    for table in (first, second):
+        del table["data"]["train"]
+        del table["optim"]["steps"]
+    assert first == second
 
 
 def test_every_sum_written_anywhere_is_right(training_text: str) -> None:

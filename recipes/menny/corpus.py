@@ -4,8 +4,9 @@
 
 Writes train.jsonl, heldout.jsonl and the evaluation items eval_sums.jsonl, eval_numbers.jsonl,
 eval_questions.jsonl. Every sentence comes from the grammars and tables in ``parts``; the same seed gives the
-same bytes. Held-out content (pairs of summands, translations, phrasings, meetings of hero and thing, function
-namings) is chosen by hash and does not depend on the seed.
+same bytes. ``--stage 2`` writes the text of the second stage of training, with more number words.
+Held-out content (pairs of summands, translations, phrasings, meetings of hero and thing, function namings) is chosen
+by hash and depends on neither seed nor stage.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ MENNY_SHARE, OTHER_SYSTEM_SHARE = 0.20, 0.04
 MULTI_TURN_SHARE = 0.35
 SAME_DOMAIN_SHARE = 0.35
 
-DOMAINS: dict[str, tuple[float, Callable[[random.Random], Turns]]] = {
+Domains = dict[str, tuple[float, Callable[[random.Random], Turns]]]
+DOMAINS: Domains = {
     "arithmetic": (0.24, arithmetic.turns),
     "translation": (0.17, translation.turns),
     "facts": (0.34, facts.fact_turns),
@@ -53,16 +55,17 @@ DOMAINS: dict[str, tuple[float, Callable[[random.Random], Turns]]] = {
     "python": (0.08, python_functions.turns),
     "unknown": (0.04, facts.unknown_turns),
 }
+STAGES: dict[int, Domains] = {1: DOMAINS, 2: DOMAINS | {"translation": (0.50, translation.irregular_turns)}}
 TEXT_SHARE = 0.10
 
 
-def _domain(rng: random.Random) -> str:
-    return rng.choices(list(DOMAINS), [weight for weight, _ in DOMAINS.values()])[0]
+def _domain(rng: random.Random, domains: Domains) -> str:
+    return rng.choices(list(domains), [weight for weight, _ in domains.values()])[0]
 
 
-def allowed_turns(domain: str, rng: random.Random) -> Turns:
+def allowed_turns(domain: str, rng: random.Random, domains: Domains = DOMAINS) -> Turns:
     """Question and answer pairs of a domain, none of which gives a held-out question away."""
-    draw = DOMAINS[domain][1]
+    draw = domains[domain][1]
     while True:
         pairs = draw(rng)
         if domain not in ("facts", "talk", "unknown") or not any(evaluation_sets.gives_away(u) for u, _ in pairs):
@@ -86,16 +89,16 @@ def dialogue(pairs: Iterable[tuple[str, str]], domain: str, system: str | None =
     return {"messages": messages, "domain": domain}
 
 
-def document(rng: random.Random) -> Document:
+def document(rng: random.Random, domains: Domains = DOMAINS) -> Document:
     """One training document."""
     if rng.random() < TEXT_SHARE:
         return {"text": stories.document(rng), "domain": "text"}
-    domain = _domain(rng)
-    pairs = allowed_turns(domain, rng)
+    domain = _domain(rng, domains)
+    pairs = allowed_turns(domain, rng, domains)
     if rng.random() < MULTI_TURN_SHARE:
         same = rng.random() < SAME_DOMAIN_SHARE
         for _ in range(rng.choice([1, 1, 2, 3])):
-            pairs = pairs + allowed_turns(domain if same else _domain(rng), rng)
+            pairs = pairs + allowed_turns(domain if same else _domain(rng, domains), rng, domains)
         domain = domain if same else "mixed"
     return dialogue(pairs, domain, system_prompt(rng))
 
@@ -131,7 +134,7 @@ def write_jsonl(path: Path, rows: Iterable[Document]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def build(out: Path, seed: int, documents: int) -> dict[str, object]:
+def build(out: Path, seed: int, documents: int, stage: int = 1) -> dict[str, object]:
     """Write every file into ``out``; returns counts."""
     out.mkdir(parents=True, exist_ok=True)
     sums = evaluation_sets.sums(random.Random("sums"))
@@ -140,7 +143,7 @@ def build(out: Path, seed: int, documents: int) -> dict[str, object]:
     train: list[Document] = []
     seen: Counter[str] = Counter()
     while len(train) < documents:
-        made = document(rng)
+        made = document(rng, STAGES[stage])
         key = json.dumps(made, ensure_ascii=False)
         # A short question may come up again, as it does in life, but not without end.
         if seen[key] < 4:
@@ -170,9 +173,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--documents", type=int, default=250_000)
+    parser.add_argument("--stage", type=int, choices=list(STAGES), default=1)
     options = parser.parse_args()
     start = time.perf_counter()
-    counts = build(options.out, options.seed, options.documents)
+    counts = build(options.out, options.seed, options.documents, options.stage)
     print(json.dumps(counts, ensure_ascii=False, indent=2))
     print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr)
 

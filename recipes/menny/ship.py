@@ -96,11 +96,11 @@ does not know, and she does not always notice.
 
 ## Training
 
-Trained from scratch by `octavo train recipes/menny/config.toml`, {run["steps"]:,} steps of at most 4,096 tokens
-({run["tokens"] / 1e6:.1f} M tokens in all), on text written by `recipes/menny/corpus.py` from grammars and a seed:
-English, French, German, Spanish and Italian, nothing collected from anywhere. `make model` repeats all of it.
-Held-out material is chosen by content: pairs of summands, (number, language, language) triples and whole phrasings
-never occur in the training text.
+Trained from scratch by `octavo train`, {run["steps"]:,} steps of at most 4,096 tokens ({run["tokens"] / 1e6:.1f} M in all),
+in two stages: `recipes/menny/config.toml`, then `recipes/menny/stage2.toml` with more number words. The text is written
+by `recipes/menny/corpus.py` from grammars and a seed: English, French, German, Spanish and Italian, nothing collected
+from anywhere. `make model` repeats all of it, up to the rounding of sums. Held-out material is chosen by content:
+pairs of summands, (number, language, language) triples and whole phrasings never occur in the training text.
 
 ## Measured
 

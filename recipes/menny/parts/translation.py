@@ -6,6 +6,7 @@ Held out by content: about one (number, source, target) in ten, digits counting 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from parts.arithmetic import draw_language, punctuated
 from parts.grammar import LANGUAGES, ask, fill, held_out
@@ -13,6 +14,7 @@ from parts.numbers import spell
 
 FORMS = ("digits", *LANGUAGES)
 HELD_OUT_PERCENT = 10
+IRREGULAR = (*range(21), *range(30, 101, 10))  # numbers whose words are not put together from others
 
 NAMES = {
     "en": {"en": "English", "fr": "French", "de": "German", "es": "Spanish", "it": "Italian"},
@@ -223,10 +225,10 @@ def _asked_in(source: str, target: str, rng: random.Random) -> str:
     return draw_language(rng)
 
 
-def one_number(rng: random.Random) -> tuple[str, str]:
-    """One number from one form into another."""
+def one_number(rng: random.Random, numbers: Sequence[int] = range(101)) -> tuple[str, str]:
+    """One of the numbers from one form into another."""
     while True:
-        n = rng.randrange(101)
+        n = rng.choice(numbers)
         source, target = rng.sample(FORMS, 2)
         if not combination_held_out(n, source, target):
             break
@@ -285,6 +287,11 @@ def turns(rng: random.Random) -> list[tuple[str, str]]:
     if kind < 0.86:
         return [counting(rng)]
     return [everyday_word(rng)]
+
+
+def irregular_turns(rng: random.Random) -> list[tuple[str, str]]:
+    """As ``turns``, with more of the numbers whose words must be learned one by one."""
+    return [one_number(rng, IRREGULAR)] if rng.random() < 0.4 else turns(rng)
 
 
 def held_out_question(n: int, source: str, target: str, rng: random.Random) -> tuple[str, str, str]:
