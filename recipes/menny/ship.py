@@ -77,6 +77,7 @@ def card(folder: Path, report: dict[str, Any], run: dict[str, Any]) -> str:
         dialogue += [f"> **{question}**", ">", *(f"> {line}" for line in reply.text.splitlines()), ""]
     loads = [f"| {n} | " + " | ".join(f"{100 * s:.1f}" for s in layer) + " |" for n, layer in enumerate(report["load"])]
     shares = [share for layer in report["load"] for share in layer]
+    length = f"{run['steps']:,} steps of at most 4,096 tokens ({run['tokens'] / 1e6:.1f} M in all)"
     return f"""---
 license: apache-2.0
 language: [en, fr, de, es, it]
@@ -96,7 +97,7 @@ does not know, and she does not always notice.
 
 ## Training
 
-Trained from scratch by `octavo train`, {run["steps"]:,} steps of at most 4,096 tokens ({run["tokens"] / 1e6:.1f} M in all),
+Trained from scratch by `octavo train`, {length},
 in two stages: `recipes/menny/config.toml`, then `recipes/menny/stage2.toml` with more number words. The text is written
 by `recipes/menny/corpus.py` from grammars and a seed: English, French, German, Spanish and Italian, nothing collected
 from anywhere. `make model` repeats all of it, up to the rounding of sums. Held-out material is chosen by content:
