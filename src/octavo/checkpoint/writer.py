@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,8 +42,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             if file.is_file():
                 _flush(file)
         _replace(beside, target)
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its zip writer
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{target}: could not be written ({error})",
             hint="is the disk full? what was there before is untouched",
