@@ -1,7 +1,8 @@
 """Put a trained Menny into the package, with a model card whose figures were measured on exactly these files.
 
 ``python recipes/menny/ship.py`` after training (``make model``). Asks every evaluation item, measures perplexity and
-expert loads on the held-out documents, writes recipes/menny/evaluation.json, and replaces src/octavo/models/menny.
+expert loads on the held-out documents, writes recipes/menny/evaluation.json and the run's curves beside it, and
+replaces src/octavo/models/menny.
 """
 
 from __future__ import annotations
@@ -147,6 +148,8 @@ def main() -> None:
         for file in folder.iterdir():
             shutil.copyfile(file, new / file.name)
         (new / "README.md").write_text(card(folder, report, run), encoding="utf-8")
+    for picture in ("curves.png", "experts.png"):
+        shutil.copyfile(options.run / picture, HERE / picture)
     for name in ("sums", "numbers", "questions_dev", "questions_test"):
         print(f"{name}: {percent(report[name])}")
     print(f"perplexity {report['perplexity']}")
