@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from conftest import tiny_model
+from octavo.checkpoint.source import SafetensorsSource
 from octavo.checkpoint.writer import new_folder, save_folder
 from octavo.load import load_model
 
@@ -21,6 +23,16 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     again, _ = load_model(tmp_path / "model")
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in again.state_dict().items())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_index_counts_the_bytes_of_the_shards(tied: bool, tmp_path: Path) -> None:
+    """A tied output is stored once, and counted once."""
+    model = tiny_model(tie_embeddings=tied)
+    save_folder(model.args, model.state_dict(), tmp_path, dtype=torch.bfloat16, shard_bytes=40_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(info.nbytes for info in SafetensorsSource(tmp_path))
+    assert index["metadata"]["total_size"] == 2 * model.args.n_params
 
 
 def test_what_fails_half_way_leaves_the_old_folder(tmp_path: Path) -> None:

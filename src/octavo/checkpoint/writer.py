@@ -93,6 +93,7 @@ def save_folder(
     """
     layout = HF if args.moe else HF_DENSE
     dtypes = {dtype} if dtype else {tensor.dtype for tensor in state.values()}
+    written = 0
     with new_folder(Path(folder)) as new:
         shards = list(_shards(args, state, shard_bytes, dtype))
         weight_map: dict[str, str] = {}
@@ -103,12 +104,14 @@ def save_folder(
                 place = find(layout, name)
                 tensor = place.transform.write(state[name].detach(), args)
                 stored[place.name] = tensor.to(device="cpu", dtype=dtype).contiguous()
+            written += sum(tensor.nbytes for tensor in stored.values())
             save_file(stored, new / file, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(stored, file))
         if len(shards) > 1:
-            total = sum(t.numel() * (dtype or t.dtype).itemsize for t in state.values())
-            _write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        hf = args.to_hf() | {"dtype": str(dtypes.pop()).removeprefix("torch.")} if len(dtypes) == 1 else args.to_hf()
+            _write_json(new / INDEX, {"metadata": {"total_size": written}, "weight_map": weight_map})
+        hf = args.to_hf()
+        if len(dtypes) == 1:
+            hf["dtype"] = str(dtypes.pop()).removeprefix("torch.")
         _write_json(new / "config.json", hf | dict(config or {}))
         for path in copy:
             shutil.copyfile(path, new / path.name)
