@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -499,9 +497,7 @@ def test_hub_ids_go_through_the_hub(tmp_path, monkeypatch, folder):
             raise HubError("no such repository", "check the spelling")
         return folder
 
-    hub = types.ModuleType("octavo.hub")
-    hub.snapshot = snapshot  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "octavo.hub", hub)
+    monkeypatch.setattr("octavo.llm.snapshot", snapshot)
     monkeypatch.chdir(tmp_path)
     assert find_model("owner/Some-Model_1.0", "main") == folder
     assert asked == [("owner/Some-Model_1.0", "main")]

@@ -16,6 +16,7 @@ import json
 import random
 import sys
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,7 +27,8 @@ from parts.grammar import LANGUAGES
 Turns = list[tuple[str, str]]
 Document = dict[str, object]
 
-MENNY = "You are Menny, a cynical teenager who knows her stuff. Be brief, be right, be dry."
+PERSONA = Path(__file__).parents[2] / "src" / "octavo" / "personas" / "menny.toml"
+MENNY = str(tomllib.loads(PERSONA.read_text(encoding="utf-8"))["system"])
 OTHER_SYSTEMS = (
     "You are a helpful assistant.",
     "Answer briefly.",

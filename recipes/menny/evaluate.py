@@ -19,10 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from corpus import MENNY
+
 Item = dict[str, Any]
 Answer = Callable[[list[str]], list[str]]
 
-MENNY = "You are Menny, a cynical teenager who knows her stuff. Be brief, be right, be dry."
 MAX_TOKENS = 80
 
 

@@ -119,6 +119,11 @@ class KVCache:
         self.padded[row] = False
         self.positions_BS[row] = -1
 
+    def wipe_row(self, row: int) -> None:
+        """Zero a row that may hold NaN: masked out is not enough, for 0 * NaN is NaN in attention's sum."""
+        self.k_LBHSK[:, row] = 0
+        self.v_LBHSK[:, row] = 0
+
     def copy_row(self, source: int, target: int) -> None:
         """Overwrite row ``target`` with row ``source``."""
         self._reserve(rows=max(source, target) + 1)

@@ -267,7 +267,7 @@ class Engine:
             wanted = params.logprobs
             logprobs = None if wanted is None else token_logprobs(logits_V, token_id, wanted)
         except Exception as error:
-            self._scrub(self._running.index(sequence))
+            self._rows.wipe_row(self._running.index(sequence))
             self._tell(sequence, Event(sequence.id, None, finish_reason="error", error=error))
             return
         if sequence.history is not None:
@@ -310,11 +310,6 @@ class Engine:
             model = self.model
             self._cache = make_cache(model.args, self.max_batch_size, dtype=model.dtype, device=model.device)
         return self._cache
-
-    def _scrub(self, row: int) -> None:
-        """Zero a row that may hold NaN: masked out is not enough, for 0 * NaN is NaN in attention's sum."""
-        for tensor_LBHSK in (self._rows.k_LBHSK, self._rows.v_LBHSK):
-            tensor_LBHSK[:, row] = 0
 
     def _abandon(self, error: Exception) -> None:
         """End every sequence that has a row, and give up the cache, whose state nobody knows."""

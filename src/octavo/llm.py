@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import numbers
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from octavo.checkpoint.source import read_json
 from octavo.completion import Chunk, Completion, Reply, Request
 from octavo.engine import Engine
 from octavo.errors import CheckpointError, ConfigError, HubError, OptionError, PromptError, TokenizerError
+from octavo.hub import REPO_ID, snapshot
 from octavo.load import load_model
 from octavo.model import Mixtral
 from octavo.sampling import SamplingParams
@@ -28,7 +28,6 @@ __all__ = ["LLM", "Chunk", "Completion", "Conversation", "Prompt", "Stream", "fi
 SHIPPED = "menny"
 Prompt = str | Sequence[int]
 Conversation = Sequence[Message | Mapping[str, str]]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 class Stream(Iterator[Chunk]):
@@ -379,15 +378,12 @@ def find_model(source: str | Path, revision: str | None = None) -> Path:
     if isinstance(source, str):
         if source == SHIPPED:
             return shipped_model()
-        if _HUB_ID.fullmatch(source) and not Path(source).is_dir():
+        if REPO_ID.fullmatch(source) and not Path(source).is_dir():
             return _from_hub(source, revision)
     return Path(source).expanduser()
 
 
 def _from_hub(repo_id: str, revision: str | None) -> Path:
-    # Most models lie on the disk already: the Hub's client is imported for those that do not.
-    from octavo.hub import snapshot
-
     try:
         return snapshot(repo_id, revision=revision)
     except HubError as error:

@@ -81,11 +81,12 @@ def _fill(model: Mixtral, source: TensorSource, folder: Path, dtype: torch.dtype
     layout = recognise(names, args)
     parameters = dict(model.named_parameters())  # tied parameters appear once
     _check(source, parameters, layout, args, folder)
+    dtype = dtype or _stored_dtype(source, layout)
     with torch.no_grad():
         for name in parameters:
             place = find(layout, name)
             tensor = place.transform.read(source.read(place.name), args, place.expert)
-            _assign(model, name, tensor.to(device=device, dtype=dtype or _stored_dtype(source, layout)))
+            _assign(model, name, tensor.to(device=device, dtype=dtype))
         model.tie()
 
 

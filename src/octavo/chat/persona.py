@@ -95,9 +95,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _check_sampling(options: Mapping[str, Any], path: Path) -> None:
-    from octavo.sampling import (
-        SamplingParams,
-    )  # needs torch, which reading a persona's name should not wait for
+    # It needs torch, which reading a persona's name should not wait for.
+    from octavo.sampling import SamplingParams
 
     try:
         SamplingParams.from_options(options)

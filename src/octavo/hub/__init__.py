@@ -24,7 +24,8 @@ WANTED = (
 )
 # The authors' raw weights beside the Hub's would double the download; folders hold other formats.
 UNWANTED = ("consolidated*", "*/*")
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+"""What a Hub id looks like: owner/name."""
 
 
 def snapshot(repo_id: str, revision: str | None = None) -> Path:
@@ -38,7 +39,7 @@ def snapshot(repo_id: str, revision: str | None = None) -> Path:
         HubError: a bad id, no such repository or revision, no access to it, no network and not in the cache, a
             full disk, or a repository without safetensors weights.
     """
-    if not _REPO_ID.fullmatch(repo_id):
+    if not REPO_ID.fullmatch(repo_id):
         raise HubError(
             f"{repo_id!r} is no Hub id; expected owner/name", hint="such as mistralai/Mixtral-8x7B-Instruct-v0.1"
         )
