@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from octavo.errors import OctavoError, OptionError
@@ -242,6 +242,7 @@ def test_the_chi_square_test_can_fail():
 logit_lists = st.lists(st.floats(-30, 30, width=32) | st.sampled_from([0.0, 1.0, -1.0]), min_size=1, max_size=90)
 
 
+@example(logits=[-5.960464477539063e-08, 0.0], temperature=2.0, top_k=0, top_p=0.5, min_p=0.0, seed=0)
 @settings(max_examples=150, deadline=None)
 @given(
     logits=logit_lists,

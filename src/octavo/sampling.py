@@ -308,17 +308,18 @@ def filter_top_p(logits_N: Tensor, p: float) -> Tensor:
     if p >= 1.0:
         return logits_N
     probs_N = logits_N.softmax(0).double()
-    # A nucleus is mostly small: look among the few largest before sorting a whole vocabulary.
-    for size in (64, 1024, probs_N.numel()):
-        size = min(size, probs_N.numel())
-        largest = probs_N.topk(size).values
-        cumulative = largest.cumsum(0)
+    # A nucleus is mostly small: look among the few largest before sorting a whole vocabulary. Logits are compared, as
+    # two that differ may have the same probability after rounding.
+    for size in (64, 1024, logits_N.numel()):
+        size = min(size, logits_N.numel())
+        largest, ids = logits_N.topk(size)
+        cumulative = probs_N[ids].cumsum(0)
         if float(cumulative[-1]) >= p:
             break
     n_kept = min(int((cumulative < p).sum()) + 1, size)
     edge = largest[n_kept - 1]
-    keep_N = probs_N > edge
-    at_edge = (probs_N == edge).nonzero().squeeze(1)
+    keep_N = logits_N > edge
+    at_edge = (logits_N == edge).nonzero().squeeze(1)
     keep_N[at_edge[: n_kept - int(keep_N.sum())]] = True
     return logits_N.masked_fill(~keep_N, -torch.inf)
 
