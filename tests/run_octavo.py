@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import select
+import struct
 import subprocess
 import sys
 import time
@@ -87,6 +88,13 @@ class Terminal:
         )
         os.close(slave)
         self.seen = ""
+
+    def resize(self, columns: int) -> None:
+        """Give it a width; it has none at first, and progress bars then show nothing."""
+        import fcntl
+        import termios
+
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
 
     def type(self, text: str) -> None:
         """As typed; "\\x03" is Ctrl-C, "\\x04" Ctrl-D."""

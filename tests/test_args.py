@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import MistralConfig
 
 from octavo.args import ModelArgs, MoEArgs
 from octavo.errors import ConfigError
@@ -145,3 +146,27 @@ def test_out_and_in_again(
         moe=moe,
     )
     assert ModelArgs.from_hf(args.to_hf()) == args
+
+
+def test_what_a_dense_config_leaves_out_is_what_transformers_takes() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    args = ModelArgs.from_hf(sizes | {"model_type": "mistral", "vocab_size": 50})
+    theirs = MistralConfig(**sizes, vocab_size=50)
+    assert args.norm_eps == theirs.rms_norm_eps
+    assert args.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert args.sliding_window == theirs.sliding_window
+    assert (
+        ModelArgs.from_hf(sizes | {"model_type": "mistral", "vocab_size": 50, "sliding_window": None}).sliding_window
+        is None
+    )
+
+
+def test_params_round_trip_and_theta() -> None:
+    args = ModelArgs.from_hf(MIXTRAL_8X22B)
+    assert ModelArgs.from_params(args.to_params()) == args
+    params = {key: value for key, value in args.to_params().items() if key != "rope_theta"}
+    assert ModelArgs.from_params(params).rope_theta == 1e6
+    assert ModelArgs.from_params(params | {"sliding_window": 4096}).rope_theta == 1e6
+    dense = {key: value for key, value in params.items() if key != "moe"}
+    assert ModelArgs.from_params(dense).rope_theta == 1e6
+    assert ModelArgs.from_params(dense | {"_sliding_window": 4096}).rope_theta == 1e4  # Mistral 7B v0.1

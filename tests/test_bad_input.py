@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from octavo.checkpoint.source import INDEX, SINGLE
 from octavo.errors import UserError
 from octavo.load import load_model
+from octavo.storage.safetensors import INDEX, SINGLE
 from run_octavo import command, refused, run
 from tiny_folder import make_tiny_folder
 
@@ -87,8 +87,9 @@ def test_no_such_folder(tmp_path: Path) -> None:
     refused(run("generate", "--model", "", "Who?"), "")
 
 
-def test_a_file_where_a_folder_should_be(folder: Path) -> None:
-    refused(ask(folder / SINGLE), SINGLE)
+def test_a_weights_file_stands_for_its_folder(folder: Path) -> None:
+    assert ask(folder / SINGLE).code == 0
+    refused(ask(folder / "config.json"), "config.json", "no kind of weights file", hint=".gguf")
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

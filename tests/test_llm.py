@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from conftest import tiny_model
 from octavo.chat import Message, Persona
+from octavo.checkpoint.config import read_eos_ids
 from octavo.checkpoint.writer import save_folder
 from octavo.completion import StopStrings
 from octavo.errors import (
@@ -27,8 +28,9 @@ from octavo.errors import (
     PromptError,
     TokenizerError,
 )
-from octavo.llm import LLM, find_model, read_eos_ids, shipped_model
+from octavo.llm import LLM, find_model, shipped_model
 from octavo.sampling import SamplingParams
+from octavo.storage.folder import LocalFolder
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -465,13 +467,14 @@ def test_without_a_tokenizer_only_ids_go_in(folder, tmp_path):
     ("value", "ids"), [("2", (2,)), ("[2, 7]", (2, 7)), ("null", ()), ('"</s>"', None), ("[true]", None)]
 )
 def test_eos_ids_of_generation_config(tmp_path, value, ids):
-    assert read_eos_ids(tmp_path) == ()
+    folder = LocalFolder(tmp_path)
+    assert read_eos_ids(folder) == ()
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
     if ids is None:
         with pytest.raises(ConfigError, match="eos_token_id"):
-            read_eos_ids(tmp_path)
+            read_eos_ids(folder)
     else:
-        assert read_eos_ids(tmp_path) == ids
+        assert read_eos_ids(folder) == ids
 
 
 def test_find_model(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ def test_the_public_names() -> None:
         "Message",
         "Persona",
         "load_model",
+        "open_checkpoint",
         "Mixtral",
         "ModelArgs",
         "MoEArgs",

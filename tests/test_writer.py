@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from octavo.checkpoint.source import SafetensorsSource
+from octavo.checkpoint import open_checkpoint
 from octavo.checkpoint.writer import new_folder, save_folder
 from octavo.load import load_model
 
@@ -30,8 +30,9 @@ def test_the_index_counts_the_bytes_of_the_shards(tied: bool, tmp_path: Path) ->
     """A tied output is stored once, and counted once."""
     model = tiny_model(tie_embeddings=tied)
     save_folder(model.args, model.state_dict(), tmp_path, dtype=torch.bfloat16, shard_bytes=40_000)
+    stored = open_checkpoint(tmp_path).stored
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(info.nbytes for info in SafetensorsSource(tmp_path))
+    assert index["metadata"]["total_size"] == sum(stored.info(name).nbytes for name in stored)
     assert index["metadata"]["total_size"] == 2 * model.args.n_params
 
 

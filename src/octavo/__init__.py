@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from octavo.args import ModelArgs, MoEArgs
     from octavo.chat import Message, Persona
+    from octavo.checkpoint import open_checkpoint
     from octavo.errors import OctavoError, UserError
     from octavo.llm import LLM, Chunk, Completion
     from octavo.load import load_model
@@ -36,6 +37,7 @@ _HOMES = {
     "Tokenizer": "octavo.tokenizer",
     "UserError": "octavo.errors",
     "load_model": "octavo.load",
+    "open_checkpoint": "octavo.checkpoint",
 }
 __all__ = [  # noqa: RUF022
     "LLM",
@@ -45,6 +47,7 @@ __all__ = [  # noqa: RUF022
     "Message",
     "Persona",
     "load_model",
+    "open_checkpoint",
     "Mixtral",
     "ModelArgs",
     "MoEArgs",

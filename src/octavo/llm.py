@@ -13,12 +13,12 @@ from typing import Any, Self, TypeGuard, overload
 import torch
 
 from octavo.chat import ChatTemplate, Message, Persona, template_for
-from octavo.checkpoint.source import read_json
+from octavo.checkpoint import open_checkpoint
 from octavo.completion import Chunk, Completion, Reply, Request
 from octavo.engine import Engine
-from octavo.errors import CheckpointError, ConfigError, HubError, OptionError, PromptError, TokenizerError
+from octavo.errors import CheckpointError, HubError, OptionError, PromptError, TokenizerError
 from octavo.hub import REPO_ID, snapshot
-from octavo.load import load_model
+from octavo.load import build_model
 from octavo.model import Mixtral
 from octavo.sampling import SamplingParams
 from octavo.tokenizer import Tokenizer
@@ -139,13 +139,15 @@ class LLM:
             max_batch_size: sequences generated at a time.
 
         Raises:
-            UserError: everything `find_model`, `load_model` and `read_eos_ids` raise.
+            UserError: everything `find_model` and `load_model` raise.
         """
         folder = find_model(source, revision)
         if dtype is None and source == SHIPPED:
             dtype = torch.float32
-        model, tokenizer = load_model(folder, dtype=dtype, device=device)
-        return cls(model, tokenizer, eos_ids=read_eos_ids(folder), max_batch_size=max_batch_size)
+        checkpoint = open_checkpoint(folder)
+        tokenizer, eos_ids = checkpoint.tokenizer(), checkpoint.eos_ids
+        model = build_model(checkpoint, dtype=dtype, device=device)
+        return cls(model, tokenizer, eos_ids=eos_ids, max_batch_size=max_batch_size)
 
     @functools.cached_property
     def template(self) -> ChatTemplate:
@@ -388,22 +390,3 @@ def _from_hub(repo_id: str, revision: str | None) -> Path:
         return snapshot(repo_id, revision=revision)
     except HubError as error:
         raise HubError(f"{error.message} (nor is there a folder {repo_id!r} here)", error.hint) from error
-
-
-def read_eos_ids(folder: Path) -> tuple[int, ...]:
-    """Return the end-of-text ids of a folder's generation_config.json, if it has one: an id, a list, or none.
-
-    Raises:
-        ConfigError: the file is no JSON object, or its eos_token_id is neither.
-    """
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return ()
-    value = read_json(path).get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
-        raise ConfigError(
-            f"{path}: eos_token_id is {value!r}; expected a token id, a list of them, or null",
-            hint="is this the file that came with the weights?",
-        )
-    return tuple(ids)

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Container, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from octavo.args import ModelArgs
-from octavo.checkpoint.names import HF, HF_DENSE, find
-from octavo.checkpoint.source import INDEX, SINGLE
+from octavo.checkpoint.names import HF, HF_DENSE
+from octavo.checkpoint.output import SHARD_BYTES, OutFile, Piece, Plain, index_of, safetensors_files
 from octavo.errors import CheckpointError
+from octavo.storage.safetensors import INDEX
 
-SHARD_BYTES = 5_000_000_000
+Read = Callable[[str], Tensor]
+"""Gives a canonical tensor by its name."""
+Done = Callable[[int, list[int]], None]
+_Made = tuple[list[memoryview], list[int]]
+"""Blocks of bytes, and the checksum of each."""
 
 
 @contextmanager
@@ -38,20 +44,23 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         yield beside
-        for file in beside.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        _replace(beside, target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{target}: could not be written ({error})",
-            hint="is the disk full? what was there before is untouched",
-        ) from error
+        flush_all(beside)
+        replace(beside, target)
+    except OSError as error:
+        raise cannot_write(target, error) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _replace(beside: Path, target: Path) -> None:
+def cannot_write(target: Path, error: OSError) -> CheckpointError:
+    """What to say of a full disk, or a place that cannot be written."""
+    return CheckpointError(
+        f"{target}: could not be written ({error})", hint="is the disk full? what was there before is untouched"
+    )
+
+
+def replace(beside: Path, target: Path) -> None:
+    """Put a folder or file in the place of another."""
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists():
         target.rename(old)
@@ -59,12 +68,72 @@ def _replace(beside: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def flush_all(folder: Path) -> None:
+    """Bring every file of a folder to the disk itself."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def write_file(path: Path, file: OutFile, read: Read, *, skip: Container[int] = (), done: Done | None = None) -> None:
+    """Write a planned file, piece by piece; the next one is read while one is written.
+
+    Args:
+        path: where to; what is there already is kept, and written over.
+        file: the plan.
+        read: gives canonical tensors.
+        skip: numbers of pieces that are there already.
+        done: called with a piece's number and its checksums, once it is written.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written.
+    """
+    todo = [number for number in range(len(file.pieces)) if number not in skip]
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        os.fsync(handle)
+        _write_at(handle, file.header, 0)
+        os.truncate(handle, file.size)
+        with ThreadPoolExecutor(1) as pool:
+            following: Future[_Made] | None = None
+            for number, after in itertools.zip_longest(todo, todo[1:]):
+                blocks, checksums = (following or pool.submit(_make, file.pieces[number], read)).result()
+                following = None if after is None else pool.submit(_make, file.pieces[after], read)
+                for (begin, _), block in zip(file.pieces[number].places, blocks, strict=True):
+                    _write_at(handle, block, begin)
+                if done:
+                    done(number, checksums)
     finally:
         os.close(handle)
+
+
+def checksums_of(path: Path, piece: Piece) -> list[int]:
+    """Return the checksums of the bytes where a piece should lie; of those that are there, if the file is shorter."""
+    with path.open("rb") as file:
+        sums: list[int] = []
+        for begin, end in piece.places:
+            file.seek(begin)
+            sums.append(zlib.crc32(file.read(end - begin)))
+    return sums
+
+
+def _make(piece: Piece, read: Read) -> _Made:
+    blocks = [memoryview(block.numpy()) for block in piece.encode(read(piece.canonical))]  # type: ignore[arg-type]
+    for (begin, end), block in zip(piece.places, blocks, strict=True):
+        if len(block) != end - begin:
+            raise RuntimeError(f"{piece.canonical}: {len(block)} bytes were made, {end - begin} planned")
+    return blocks, [zlib.crc32(block) for block in blocks]
+
+
+def _write_at(handle: int, data: bytes | memoryview, begin: int) -> None:
+    view, written = memoryview(data), 0
+    while written < len(view):
+        written += os.pwrite(handle, view[written:], begin + written)
+    if hasattr(os, "posix_fadvise"):  # on its way to the disk now, so that no long flush is left for the end
+        os.posix_fadvise(handle, begin, written, os.POSIX_FADV_DONTNEED)
 
 
 def save_folder(
@@ -91,48 +160,26 @@ def save_folder(
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    layout = HF if args.moe else HF_DENSE
+    files = safetensors_files(
+        HF if args.moe else HF_DENSE,
+        args,
+        lambda stored: Plain(dtype or state[stored.parts[0].canonical].dtype),
+        shard_bytes=shard_bytes,
+    )
     dtypes = {dtype} if dtype else {tensor.dtype for tensor in state.values()}
-    written = 0
     with new_folder(Path(folder)) as new:
-        shards = list(_shards(args, state, shard_bytes, dtype))
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards, start=1):
-            file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            stored: dict[str, Tensor] = {}
-            for name in names:
-                place = find(layout, name)
-                tensor = place.transform.write(state[name].detach(), args)
-                stored[place.name] = tensor.to(device="cpu", dtype=dtype).contiguous()
-            written += sum(tensor.nbytes for tensor in stored.values())
-            save_file(stored, new / file, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(stored, file))
-        if len(shards) > 1:
-            _write_json(new / INDEX, {"metadata": {"total_size": written}, "weight_map": weight_map})
+        for file in files:
+            write_file(new / file.name, file, lambda name: state[name].detach().cpu())
+        if len(files) > 1:
+            write_json(new / INDEX, index_of(files))
         hf = args.to_hf()
         if len(dtypes) == 1:
             hf["dtype"] = str(dtypes.pop()).removeprefix("torch.")
-        _write_json(new / "config.json", hf | dict(config or {}))
+        write_json(new / "config.json", hf | dict(config or {}))
         for path in copy:
             shutil.copyfile(path, new / path.name)
 
 
-def _shards(
-    args: ModelArgs, state: Mapping[str, Tensor], shard_bytes: int, dtype: torch.dtype | None
-) -> Iterator[list[str]]:
-    names: list[str] = []
-    filled = 0
-    for name, tensor in state.items():
-        if args.tie_embeddings and name == "output.weight":
-            continue
-        nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
-        if names and filled + nbytes > shard_bytes:
-            yield names
-            names, filled = [], 0
-        names.append(name)
-        filled += nbytes
-    yield names
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write readable JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

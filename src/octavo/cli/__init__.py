@@ -17,7 +17,7 @@ import octavo
 from octavo.cli.terminal import INTERRUPTED, tell_error
 from octavo.errors import UserError
 
-VERBS = ("chat", "generate", "train")
+VERBS = ("chat", "generate", "tensors", "convert", "train")
 
 
 class _Verbs(click.Group):
@@ -41,6 +41,8 @@ def octavo_command() -> None:
     \b
     octavo chat                     talk to the model that ships with Octavo
     octavo generate "Who are you?"  one reply on stdout
+    octavo tensors MODEL            list the tensors of a checkpoint, here or on the Hub
+    octavo convert SRC DST --to hf  write a checkpoint in another layout
     octavo train CONFIG.toml        train a model from scratch
     """
 

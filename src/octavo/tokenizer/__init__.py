@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from octavo.errors import PromptError, TokenizerError
-from octavo.tokenizer.files import Settings, find_tokenizer_file
+from octavo.tokenizer.files import Settings, find_tokenizer_file, read_bytes
 from octavo.tokenizer.pieces import Backend, Piece
 
 __all__ = ["Detokenizer", "TemplatePart", "Tokenizer"]
@@ -40,7 +40,7 @@ class Tokenizer:
     """Turns text into token ids and back.
 
     Attributes:
-        path: the file it was read from.
+        path: the file it was read from: a GGUF file where the tokenizer travelled in one.
         n_vocab: how many ids there are; they run from 0 to n_vocab - 1.
         bos_id, eos_id: the tokens that open and close a text; None where the checkpoint has none.
         chat_template: the checkpoint's own jinja2 template, if it carries one.
@@ -89,7 +89,7 @@ class Tokenizer:
             return cls(TokenizerJson(path, settings), path, settings)
         from octavo.tokenizer.spm import SentencePiece
 
-        return cls(SentencePiece(path, settings), path, settings)
+        return cls(SentencePiece(read_bytes(path), path, settings), path, settings)
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Token ids of plain text. Control tokens are never parsed out of it.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.errors import TokenizerError
-from octavo.tokenizer.files import Settings, damage_hint, read_bytes
+from octavo.tokenizer.files import Settings, damage_hint
 from octavo.tokenizer.pieces import SPACE, DecodeRules, Piece
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class SentencePiece:
     """A SentencePiece model, with the tokens that a fine-tune may have added above its vocabulary."""
 
-    def __init__(self, path: Path, settings: Settings) -> None:
-        self._model = _open(path)
+    def __init__(self, data: bytes, path: Path, settings: Settings) -> None:
+        self._model = _open(data, path)
         self._size: int = self._model.get_piece_size()
         self._added = {token.id: token for token in settings.added if token.id >= self._size}
         self.n_vocab = max(self._added, default=self._size - 1) + 1
@@ -102,10 +102,9 @@ class SentencePiece:
         return strips, strips and bare is not None and self._model.decode([bare, bare]) == ""
 
 
-def _open(path: Path) -> SentencePieceProcessor:
+def _open(data: bytes, path: Path) -> SentencePieceProcessor:
     from sentencepiece import SentencePieceProcessor
 
-    data = read_bytes(path)
     try:
         model = SentencePieceProcessor(model_proto=data)
         size = model.get_piece_size()

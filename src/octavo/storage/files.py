@@ -1,0 +1,176 @@
+"""Bytes of a file at any place in it: mapped into memory, or read into a buffer of their own."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import sys
+from collections.abc import Iterable
+from io import FileIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.errors import CheckpointError, ConfigError
+
+FETCH_AGAIN = "the file is damaged; fetch it again"
+MAX_NESTING = 64  # of JSON; a config.json has three levels
+MAP_NORESERVE = 0x4000  # Linux's; Python names it from 3.13 on
+
+
+class ByteFile(Protocol):
+    """Random access to bytes, wherever they lie.
+
+    Attributes:
+        name: the file's name within its checkpoint, such as ``model-00001-of-00019.safetensors``.
+        location: where it lies, for messages: a path, or ``owner/name@commit/file``.
+        size: in bytes.
+    """
+
+    name: str
+    location: str
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        ...
+
+    def read(self, begin: int, end: int) -> Tensor:
+        """Return bytes ``begin`` to ``end`` (exclusive) as uint8 [end - begin].
+
+        Raises:
+            UserError: the file does not have them (any more), or cannot be reached.
+        """
+        ...
+
+
+class _LocalFile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.name
+        self.location = str(path)
+        try:
+            self.size = path.stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}", hint="is the download complete?") from None
+
+    def _check(self, begin: int, end: int) -> None:
+        if not 0 <= begin <= end <= self.size:
+            raise CheckpointError(
+                f"{self.location}: bytes {begin} to {end} are asked for, the file has {self.size}", hint=FETCH_AGAIN
+            )
+
+
+class MappedFile(_LocalFile):
+    """A file mapped into memory: reading is free, the system fetches bytes when they are used. Copy-on-write."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._whole: Tensor | None = None
+
+    def read(self, begin: int, end: int) -> Tensor:
+        """A view of the mapping."""
+        self._check(begin, end)
+        if begin == end:
+            return torch.empty(0, dtype=torch.uint8)
+        if self._whole is None:
+            self._whole = torch.frombuffer(self._map(), dtype=torch.uint8)
+        return self._whole[begin:end]
+
+    def _map(self) -> mmap.mmap:
+        # Linux sets memory aside for a mapping that may be written to, and refuses one larger than the machine's
+        # unless told not to.
+        how: dict[str, int] = {"access": mmap.ACCESS_COPY}
+        if sys.platform == "linux":
+            how = {"flags": mmap.MAP_PRIVATE | MAP_NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+        try:
+            with self.path.open("rb") as file:
+                mapping = mmap.mmap(file.fileno(), 0, **how)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.location}: cannot be mapped ({error})", hint="is the disk still there?"
+            ) from None
+        if len(mapping) != self.size:
+            raise CheckpointError(
+                f"{self.location}: has {len(mapping)} bytes, where {self.size} were expected",
+                hint="the file changed while it was being read; fetch it again",
+            )
+        return mapping
+
+
+class PlainFile(_LocalFile):
+    """A file whose bytes are copied out of it: what has been read and let go takes no memory."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._open: FileIO | None = None
+
+    def read(self, begin: int, end: int) -> Tensor:
+        """A buffer of its own."""
+        self._check(begin, end)
+        buffer = torch.empty(end - begin, dtype=torch.uint8)
+        view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]  # numpy arrays are buffers
+        try:
+            if self._open is None:  # and kept so: a file that is put in its place is another one
+                self._open = FileIO(self.path)
+            while done < len(view):
+                count = os.preadv(self._open.fileno(), [view[done:]], begin + done)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{self.location}: ends at byte {begin + done}, where {self.size} were expected",
+                        hint="the file was cut while it was being read; fetch it again",
+                    )
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.location}: {error.strerror}", hint="is the disk still there?") from None
+        return buffer
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ConfigError: the file is absent, or holds something else.
+    """
+    try:
+        if path.exists() and not path.is_file():  # to read from a pipe would take for ever
+            raise ConfigError(f"{path}: not a file", hint=FETCH_AGAIN)
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file", hint="a model folder holds config.json beside its .safetensors files"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: not a readable JSON file ({error})", hint=FETCH_AGAIN) from None
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Args:
+        data: UTF-8 text.
+        where: the file's name, for messages.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not a readable JSON file ({error})", hint=FETCH_AGAIN) from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: expected a JSON object, found {type(value).__name__}", hint=FETCH_AGAIN)
+    level: list[Any] = [value]
+    for _ in range(MAX_NESTING):
+        level = [inner for outer in level for inner in _inside(outer)]
+    if level:  # Python may parse what it can neither show nor write again
+        raise ConfigError(f"{where}: is nested deeper than {MAX_NESTING} levels", hint=FETCH_AGAIN)
+    return value
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
