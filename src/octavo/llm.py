@@ -131,7 +131,8 @@ class LLM:
         """Load a model from where `find_model` finds it.
 
         Args:
-            source: "menny" for the model that ships with Octavo, a folder, or a Hub id such as "owner/name".
+            source: "menny" for the model that ships with Octavo, a folder or weights file in any layout that
+                `octavo.open_checkpoint` reads, or a Hub id such as "owner/name".
             dtype: of weights and computation; by default the checkpoint's, and float32 for "menny", which is so small
                 that a CPU computes faster in it.
             device: "cpu", "cuda", ...; by default a GPU if there is one.
@@ -141,10 +142,9 @@ class LLM:
         Raises:
             UserError: everything `find_model` and `load_model` raise.
         """
-        folder = find_model(source, revision)
+        checkpoint = open_checkpoint(find_model(source, revision))
         if dtype is None and source == SHIPPED:
             dtype = torch.float32
-        checkpoint = open_checkpoint(folder)
         tokenizer, eos_ids = checkpoint.tokenizer(), checkpoint.eos_ids
         model = build_model(checkpoint, dtype=dtype, device=device)
         return cls(model, tokenizer, eos_ids=eos_ids, max_batch_size=max_batch_size)
@@ -368,7 +368,7 @@ def shipped_model() -> Path:
 
 
 def find_model(source: str | Path, revision: str | None = None) -> Path:
-    """Return the folder a model's name stands for.
+    """Return the folder (or weights file) a model's name stands for.
 
     "menny" is the shipped model; a folder that exists is itself; text of the form "owner/name" is looked up on the
     Hub and downloaded where it is not cached; anything else is taken for a folder. A `Path` is always a folder.

@@ -28,7 +28,8 @@ IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Stored by old writers, computed by every reader."""
 SPLIT = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 GGUF_ENDS = tuple(f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
-MAX_STACKED_EXPERTS = 65_536
+MAX_STACKED_EXPERTS = 16_384
+"""In all layers together; they are listed before the tensor that they lie in is looked at."""
 
 
 class Checkpoint(TensorSource):
@@ -166,7 +167,8 @@ class Checkpoint(TensorSource):
         args, count = self.args, len(self.stored.names())
         experts = args.moe.num_experts if args.moe else 1
         apart = any("{expert}" in rule.stored for rule in layout.rules)
-        if args.n_layers * (experts if apart else 1) > count or experts > max(count, MAX_STACKED_EXPERTS):
+        limit = count if apart else max(count, MAX_STACKED_EXPERTS)
+        if args.n_layers > count or args.n_layers * experts > limit:
             kind = f" of {experts} experts" if args.moe else ""
             raise CheckpointError(
                 f"{self.location}: described as {args.n_layers} layers{kind}, which {count} tensors cannot be",

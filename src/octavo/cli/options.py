@@ -27,7 +27,9 @@ def model_options(command: F) -> F:
     for decorate in (
         click.option("--device", metavar="DEVICE", help="cpu, cuda, ...; by default a GPU if there is one."),
         click.option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; by default the weights' own."),
-        click.option("--model", "-m", metavar="M", help="A folder or a Hub id; by default the model that ships."),
+        click.option(
+            "--model", "-m", metavar="M", help="A folder, weights file or Hub id; by default the model that ships."
+        ),
     ):
         command = decorate(command)
     return command

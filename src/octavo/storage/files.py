@@ -1,4 +1,4 @@
-"""Bytes of a file at any place in it: mapped into memory, or read into a buffer of their own."""
+"""Bytes of a file at any place in it: the whole of it mapped into memory, or only what is being used."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from octavo.errors import CheckpointError, ConfigError
 FETCH_AGAIN = "the file is damaged; fetch it again"
 MAX_NESTING = 64  # of JSON; a config.json has three levels
 MAP_NORESERVE = 0x4000  # Linux's; Python names it from 3.13 on
+MADV_POPULATE_READ = 22  # Linux's, from 5.14 on
 
 
 class ByteFile(Protocol):
@@ -52,10 +54,32 @@ class _LocalFile:
         self.path = path
         self.name = path.name
         self.location = str(path)
+        self._open: FileIO | None = None
         try:
             self.size = path.stat().st_size
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}", hint="is the download complete?") from None
+
+    def _map(self, begin: int, length: int) -> mmap.mmap:
+        # Linux sets memory aside for a mapping that may be written to, and refuses one larger than the machine's
+        # unless told not to.
+        how: dict[str, int] = {"access": mmap.ACCESS_COPY}
+        if sys.platform == "linux":
+            how = {"flags": mmap.MAP_PRIVATE | MAP_NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+        try:
+            if self._open is None:  # and kept so: a file that is put in its place is another one
+                self._open = FileIO(self.path)
+            size = os.fstat(self._open.fileno()).st_size
+            if size != self.size:
+                raise CheckpointError(
+                    f"{self.location}: has {size} bytes, where {self.size} were expected",
+                    hint="the file changed while it was being read; fetch it again",
+                )
+            return mmap.mmap(self._open.fileno(), length, offset=begin, **how)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.location}: cannot be mapped ({error})", hint="is the disk still there?"
+            ) from None
 
     def _check(self, begin: int, end: int) -> None:
         if not 0 <= begin <= end <= self.size:
@@ -77,56 +101,23 @@ class MappedFile(_LocalFile):
         if begin == end:
             return torch.empty(0, dtype=torch.uint8)
         if self._whole is None:
-            self._whole = torch.frombuffer(self._map(), dtype=torch.uint8)
+            self._whole = torch.frombuffer(self._map(0, self.size), dtype=torch.uint8)
         return self._whole[begin:end]
-
-    def _map(self) -> mmap.mmap:
-        # Linux sets memory aside for a mapping that may be written to, and refuses one larger than the machine's
-        # unless told not to.
-        how: dict[str, int] = {"access": mmap.ACCESS_COPY}
-        if sys.platform == "linux":
-            how = {"flags": mmap.MAP_PRIVATE | MAP_NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
-        try:
-            with self.path.open("rb") as file:
-                mapping = mmap.mmap(file.fileno(), 0, **how)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.location}: cannot be mapped ({error})", hint="is the disk still there?"
-            ) from None
-        if len(mapping) != self.size:
-            raise CheckpointError(
-                f"{self.location}: has {len(mapping)} bytes, where {self.size} were expected",
-                hint="the file changed while it was being read; fetch it again",
-            )
-        return mapping
 
 
 class PlainFile(_LocalFile):
-    """A file whose bytes are copied out of it: what has been read and let go takes no memory."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._open: FileIO | None = None
+    """A file of which only what is being used is mapped: what has been read and let go takes no memory."""
 
     def read(self, begin: int, end: int) -> Tensor:
-        """A buffer of its own."""
+        """A mapping of its own, with all its bytes there."""
         self._check(begin, end)
-        buffer = torch.empty(end - begin, dtype=torch.uint8)
-        view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]  # numpy arrays are buffers
-        try:
-            if self._open is None:  # and kept so: a file that is put in its place is another one
-                self._open = FileIO(self.path)
-            while done < len(view):
-                count = os.preadv(self._open.fileno(), [view[done:]], begin + done)
-                if count == 0:
-                    raise CheckpointError(
-                        f"{self.location}: ends at byte {begin + done}, where {self.size} were expected",
-                        hint="the file was cut while it was being read; fetch it again",
-                    )
-                done += count
-        except OSError as error:
-            raise CheckpointError(f"{self.location}: {error.strerror}", hint="is the disk still there?") from None
-        return buffer
+        if begin == end:
+            return torch.empty(0, dtype=torch.uint8)
+        first = begin - begin % mmap.ALLOCATIONGRANULARITY
+        mapping = self._map(first, end - first)
+        with suppress(OSError, AttributeError):  # an older kernel, or another system: bytes come when they are used
+            mapping.madvise(MADV_POPULATE_READ)
+        return torch.frombuffer(mapping, dtype=torch.uint8)[begin - first :]
 
 
 def read_json(path: Path) -> dict[str, Any]:

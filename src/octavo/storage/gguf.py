@@ -29,7 +29,7 @@ MAX_HEADER_BYTES = 2**26  # vocabularies of 256 k tokens take 15 MiB
 MAX_DIMS = 4
 MAX_NESTING = 3  # of arrays within arrays; none are known
 READ_BYTES = 2**20  # what is read of a header at a time
-CHUNK_ELEMENTS = 2**22  # what is dequantised at a time: 16 MiB of float32
+CHUNK_ELEMENTS = 2**20  # what is quantised or dequantised at a time: 4 MiB of float32
 
 
 class Encoding(NamedTuple):
