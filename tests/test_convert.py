@@ -458,7 +458,7 @@ def test_what_is_no_whole_model_is_refused_before_anything_is_written(copied: Pa
 def test_a_source_that_breaks_off_half_way_is_one_error(copied: Path, tmp_path: Path) -> None:
     conversion = plan(copied, tmp_path / "target")
     os.truncate(copied / "model.safetensors", (copied / "model.safetensors").stat().st_size // 2)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: ends at byte"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: has \d+ bytes, where \d+ were expected"):
         conversion.run()
     assert not (tmp_path / "target").exists()
 
