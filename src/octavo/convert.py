@@ -13,7 +13,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -222,4 +222,6 @@ def plan_conversion(
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, revision, mapped=False)
     checkpoint.check()
     files = plan_files(checkpoint, to, dtype, shard_bytes)
+    if target.suffix == ".gguf":
+        files = [replace(files[0], name=target.name)]
     return Conversion(checkpoint, target, tuple(files), plan_companions(checkpoint, to, files, dtype))

@@ -20,7 +20,7 @@ from octavo.errors import CheckpointError
 from octavo.storage.files import FETCH_AGAIN, ByteFile
 from octavo.storage.folder import Folder
 from octavo.storage.safetensors import Entry, as_tensor
-from octavo.storage.source import MergedSource, Rows, TensorInfo, TensorSource, matrix_shape, row_range
+from octavo.storage.source import ListedSource, MergedSource, Rows, TensorInfo, matrix_shape, row_range
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32  # unless general.alignment says otherwise
@@ -145,7 +145,7 @@ class _Header:
         return np.frombuffer(data, dtype=np.dtype(code)).tolist()
 
 
-class GGUFFile(TensorSource):
+class GGUFFile(ListedSource):
     """The tensors and metadata of one GGUF file.
 
     Attributes:
@@ -179,25 +179,13 @@ class GGUFFile(TensorSource):
                     f"expected a multiple of {alignment} and no more than the {file.size} bytes there are",
                 )
             self.entries[info.name] = Entry(info, begin, begin + info.nbytes)
+        self.infos = {name: entry.info for name, entry in self.entries.items()}
 
     def _alignment(self) -> int:
         alignment = self.metadata.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
             raise _broken(self._file, f"general.alignment is {alignment!r}; expected a power of two")
         return alignment
-
-    def names(self) -> list[str]:
-        """Every name, in the header's order."""
-        return list(self.entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
-
-    def info(self, name: str) -> TensorInfo:
-        """What the header says; ``encoding`` is the block type's name."""
-        if name not in self.entries:
-            raise self.unknown(name)
-        return self.entries[name].info
 
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
         """Plain types as they lie there; blocks dequantised to float32, some rows at a time."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from octavo.errors import CheckpointError
 from octavo.storage.files import FETCH_AGAIN, ByteFile
 from octavo.storage.safetensors import DTYPE_NAMES, as_tensor
-from octavo.storage.source import Rows, TensorInfo, TensorSource, matrix_shape, row_range
+from octavo.storage.source import ListedSource, Rows, TensorInfo, matrix_shape, row_range
 
 # numpy's type codes without the byte order. It has none for bfloat16: MLX and ml_dtypes write two bytes of "void".
 DTYPES = {
@@ -53,7 +53,7 @@ _ORDER = re.compile(r"'fortran_order'\s*:\s*(True|False)\b")
 _SHAPE = re.compile(r"'shape'\s*:\s*\(([0-9,\s]*)\)")
 
 
-class NpzFile(TensorSource):
+class NpzFile(ListedSource):
     """The tensors of one .npz file, by their members' names without ``.npy``.
 
     Raises:
@@ -70,19 +70,7 @@ class NpzFile(TensorSource):
             if name in self._members:
                 raise _broken(file, f"it holds {entry.filename!r} twice")
             self._members[name] = _open_member(file, entry, name)
-
-    def names(self) -> list[str]:
-        """Every name, in the archive's order."""
-        return list(self._members)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._members
-
-    def info(self, name: str) -> TensorInfo:
-        """What the member's header says."""
-        if name not in self._members:
-            raise self.unknown(name)
-        return self._members[name].info
+        self.infos = {name: member.info for name, member in self._members.items()}
 
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
         """A view where the file is mapped and the member lies as it is; column-major arrays are read whole."""

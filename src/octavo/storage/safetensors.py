@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo.errors import CheckpointError
 from octavo.storage.files import FETCH_AGAIN, ByteFile
 from octavo.storage.folder import Folder
-from octavo.storage.source import Rows, TensorInfo, TensorSource, matrix_shape, row_range
+from octavo.storage.source import ListedSource, Rows, TensorInfo, TensorSource, matrix_shape, row_range
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -110,26 +110,14 @@ def _broken(file: ByteFile, why: str) -> CheckpointError:
     )
 
 
-class SafetensorsFile(TensorSource):
+class SafetensorsFile(ListedSource):
     """The tensors of one safetensors file."""
 
     def __init__(self, file: ByteFile) -> None:
         self.location = file.location
         self._file = file
         self.entries = read_header(file)
-
-    def names(self) -> list[str]:
-        """Every name, in the header's order."""
-        return list(self.entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
-
-    def info(self, name: str) -> TensorInfo:
-        """What the header says."""
-        if name not in self.entries:
-            raise self.unknown(name)
-        return self.entries[name].info
+        self.infos = {name: entry.info for name, entry in self.entries.items()}
 
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
         """Exactly the bytes that are asked for."""

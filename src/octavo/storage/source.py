@@ -85,6 +85,29 @@ class TensorSource(ABC):
         return CheckpointError(f"{self.location}: holds no tensor called {name!r}", hint="`octavo tensors` lists them")
 
 
+class ListedSource(TensorSource):
+    """A source that knows of all its tensors from the start.
+
+    Attributes:
+        infos: by name, in the file's order.
+    """
+
+    infos: dict[str, TensorInfo]
+
+    def names(self) -> list[str]:
+        """Every name, in the file's order."""
+        return list(self.infos)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.infos
+
+    def info(self, name: str) -> TensorInfo:
+        """What the file says of it."""
+        if name not in self.infos:
+            raise self.unknown(name)
+        return self.infos[name]
+
+
 class MergedSource(TensorSource):
     """Several sources with different names, as one."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from octavo.errors import CheckpointError
 from octavo.storage.files import FETCH_AGAIN, MappedFile, PlainFile
 from octavo.storage.safetensors import DTYPE_NAMES, as_tensor
-from octavo.storage.source import Rows, TensorInfo, TensorSource, matrix_shape, row_range
+from octavo.storage.source import ListedSource, Rows, TensorInfo, matrix_shape, row_range
 
 WRAPPERS = ("model", "state_dict")  # under which trainers keep the weights
 MAX_PICKLE_BYTES = 1 << 22  # 1,000 tensors take some 150 KB
@@ -35,7 +35,7 @@ _PLAIN_NAME = re.compile(
 )
 
 
-class TorchFile(TensorSource):
+class TorchFile(ListedSource):
     """The tensors of one .pt or .pth file of this machine.
 
     A dictionary of tensors is expected, by itself or as the entry "model" or "state_dict" of another one. Entries
@@ -51,21 +51,8 @@ class TorchFile(TensorSource):
         zipped = bytes(file.read(0, min(4, file.size)).numpy()) == b"PK\x03\x04"
         members = _look_through(file, zipped)
         self._tensors = _load(file, zipped)
-        self._infos = {name: _describe(file, name, tensor) for name, tensor in self._tensors.items()}
+        self.infos = {name: _describe(file, name, tensor) for name, tensor in self._tensors.items()}
         self._begins = {name: _begin(file, name, tensor, members) for name, tensor in self._tensors.items() if zipped}
-
-    def names(self) -> list[str]:
-        """Every name, in the dictionary's order."""
-        return list(self._infos)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._infos
-
-    def info(self, name: str) -> TensorInfo:
-        """What the dictionary says."""
-        if name not in self._infos:
-            raise self.unknown(name)
-        return self._infos[name]
 
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
         """A view where the file is mapped; transposed tensors are copied into row order."""
