@@ -10,6 +10,7 @@ from typing import Any
 import mistral_common
 import pytest
 import sentencepiece
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
@@ -207,7 +208,6 @@ def test_a_word_of_the_vocabulary_that_is_special(tmp_path: Path) -> None:
 
 
 def test_files_that_transformers_reads(tmp_path: Path, metadata: dict[str, dict[str, Any]]) -> None:
-    transformers = pytest.importorskip("transformers")
     for name, data in tokenizer_files(metadata["v1"], "a.gguf").items():
         (tmp_path / name).write_bytes(data)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
