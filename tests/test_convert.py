@@ -467,11 +467,20 @@ def test_another_dtype_changes_nothing_but_the_numbers(source: Path, tmp_path: P
     convert(source, tmp_path / "target", "hf")
     before, after = open_checkpoint(source), open_checkpoint(tmp_path / "target")
     assert before.args == after.args
-    assert before.stored.names() == after.stored.names() or set(before.stored) == set(after.stored)
+    assert set(before.stored) == set(after.stored)
     assert all(torch.equal(before.read(name).bfloat16(), after.read(name)) for name in before)
     assert json.loads((tmp_path / "target" / "config.json").read_text())["dtype"] == "bfloat16"
     for name in ("tokenizer.model", "generation_config.json"):
         assert (tmp_path / "target" / name).exists()
+
+
+@pytest.mark.parametrize(("to", "dtype"), [("gguf", None), ("mlx", "q4")])
+def test_a_dtype_that_the_target_lacks_is_named(to: str, dtype: str | None, copied: Path, tmp_path: Path) -> None:
+    weights = copied / "model.safetensors"
+    save_file({name: tensor.double() for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(OptionError, match="the weights are float64; expected one of float32, bfloat16, float16"):
+        plan_conversion(copied, tmp_path / "target", to=to, dtype=dtype)
+    plan_conversion(copied, tmp_path / "target", to=to, dtype="bfloat16").run()
 
 
 @pytest.mark.parametrize("way", ["mlx q4", "gguf q8_0"])

@@ -16,7 +16,7 @@ from octavo.args import ModelArgs
 from octavo.checkpoint.config import read_args, read_config, read_eos_ids
 from octavo.checkpoint.names import Layout, Part, Stored, recognise, stored_tensors
 from octavo.errors import CheckpointError, ConfigError, OptionError
-from octavo.hub import REPO_ID
+from octavo.hub import REPO_ID, RemoteFolder, download_small
 from octavo.storage.files import MappedFile, PlainFile
 from octavo.storage.folder import Folder, LocalFolder
 from octavo.storage.packed import undo_packing
@@ -205,8 +205,6 @@ class Checkpoint(TensorSource):
         """Return the folder where the tokenizer's files lie; those of a repository are downloaded first."""
         if isinstance(self.folder, LocalFolder):
             return self.folder.path
-        from octavo.hub import RemoteFolder, download_small
-
         assert isinstance(self.folder, RemoteFolder)
         return download_small(self.folder)
 
@@ -228,8 +226,6 @@ def open_checkpoint(source: str | Path, revision: str | None = None, *, mapped: 
         OptionError: a revision of what is no repository.
     """
     if isinstance(source, str) and REPO_ID.fullmatch(source) and not os.path.exists(source):
-        from octavo.hub import RemoteFolder
-
         remote = RemoteFolder(source, revision, keep=mapped)
         return _open(remote, _weights(remote))
     path = Path(os.path.expanduser(source))

@@ -82,6 +82,17 @@ def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return checkpoint.info("tok_embeddings.weight").dtype
 
 
+def _main_name(checkpoint: Checkpoint) -> str:
+    """The main dtype's name, where the target cannot hold every dtype that a checkpoint may have."""
+    name = str(main_dtype(checkpoint)).removeprefix("torch.")
+    if name not in FLOATS:
+        raise OptionError(
+            f"{checkpoint.location}: the weights are {name}; expected one of {', '.join(FLOATS)}",
+            hint="give --dtype bfloat16, or convert them to it first",
+        )
+    return name
+
+
 def _plain_choice(checkpoint: Checkpoint, dtype: str | None) -> Choice:
     return lambda stored: Plain(FLOATS[dtype] if dtype else _own_dtype(checkpoint, stored))
 
@@ -101,7 +112,7 @@ def _mlx_choice(checkpoint: Checkpoint, dtype: str | None) -> Choice:
     plain = _plain_choice(checkpoint, dtype if dtype in FLOATS else None)
     if dtype not in MLX_BITS:
         return plain
-    quantised = MLXQuantized(MLX_BITS[dtype], MLX_GROUP_SIZE, main_dtype(checkpoint))
+    quantised = MLXQuantized(MLX_BITS[dtype], MLX_GROUP_SIZE, FLOATS[_main_name(checkpoint)])
 
     def choose(stored: Stored) -> Encoding:
         fits = len(stored.shape) > 1 and stored.shape[-1] % MLX_GROUP_SIZE == 0
@@ -111,7 +122,7 @@ def _mlx_choice(checkpoint: Checkpoint, dtype: str | None) -> Choice:
 
 
 def _gguf_type(checkpoint: Checkpoint, dtype: str | None) -> str:
-    return GGUF_TYPES[dtype or str(main_dtype(checkpoint)).removeprefix("torch.")]
+    return GGUF_TYPES[dtype or _main_name(checkpoint)]
 
 
 def _gguf_choice(checkpoint: Checkpoint, dtype: str | None) -> Choice:
