@@ -179,7 +179,7 @@ def gguf_header(data: bytes, rng: Random) -> bytes:
             struct.pack("<Q", 1) + b"x" + struct.pack("<I", 9) + struct.pack("<IQ", 9, rng.choice((1, *SIZES))) * depth
         )
         out[24:24] = value + struct.pack("<IQ", 4, 0)
-        out[16:24] = struct.pack("<Q", struct.unpack("<Q", out[16:24])[0] + 1)
+        out[16:24] = struct.pack("<Q", (struct.unpack("<Q", out[16:24])[0] + 1) % 2**64)
     return bytes(out)
 
 
