@@ -41,12 +41,14 @@ $(BIN)/python:
 	  { echo "Octavo needs Python >= 3.11; try make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
+BUILT := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.*)
+
+.venv/run.stamp: $(BUILT) | $(BIN)/python
 	@echo "setting up .venv (once, about a minute)" >&2
 	$(BIN)/pip install --quiet -c constraints.txt -e .
 	@touch $@
 
-.venv/test.stamp: pyproject.toml constraints.txt | $(BIN)/python
+.venv/test.stamp: $(BUILT) | $(BIN)/python
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
 	@touch $@ .venv/run.stamp
 

@@ -1,0 +1,132 @@
+#include <algorithm>
+#include <memory>
+
+#include "activations.h"
+#include "pool.h"
+
+namespace octavo {
+namespace {
+
+constexpr int64_t kHiddenChunk = kUnit;  // hidden columns of a task: those that share a scale when quantised again
+constexpr int64_t kTokensAtATime = 1024;
+
+// The tokens that chose one expert, and their activations before w1, w3 and w2.
+struct Share {
+    const Expert* expert = nullptr;
+    std::vector<int64_t> tokens;
+    std::vector<float> weights;
+    std::shared_ptr<Activations> in1, in3;
+    std::unique_ptr<Activations> hidden;
+};
+
+// By rising expert.
+std::vector<Share> shares_of(const int64_t* ids, const float* weights, int64_t T, int64_t K,
+                             const std::vector<Expert>& experts) {
+    std::vector<Share> all(experts.size());
+    for (int64_t i = 0; i < T * K; ++i) {
+        Share& share = all[size_t(ids[i])];
+        if (!share.tokens.empty() && share.tokens.back() == i / K) {  // named twice; a token is in a share once
+            share.weights.back() += weights[i];
+            continue;
+        }
+        share.expert = &experts[size_t(ids[i])];
+        share.tokens.push_back(i / K);
+        share.weights.push_back(weights[i]);
+    }
+    std::erase_if(all, [](const Share& share) { return share.tokens.empty(); });
+    return all;
+}
+
+// Makes every share's input. A single token's is the same for all experts.
+void prepare(std::vector<Share>& shares, Rows x, int64_t begin, int64_t T) {
+    std::vector<std::pair<Activations*, const Share*>> fresh;
+    for (Share& share : shares) {
+        const Share& first = shares.front();
+        const auto make = [&](Format format) {
+            for (const auto& known : {first.in1, first.in3, share.in1}) {
+                const bool same_tokens = T == 1 || known == share.in1;
+                if (known && same_tokens && known->format() == format) return known;
+            }
+            auto made = std::make_shared<Activations>(format, int64_t(share.tokens.size()), x.cols);
+            fresh.emplace_back(made.get(), &share);
+            return made;
+        };
+        share.in1 = make(share.expert->w1.format);
+        share.in3 = make(share.expert->w3.format);
+        share.hidden = std::make_unique<Activations>(share.expert->w2.format, int64_t(share.tokens.size()),
+                                                     share.expert->w2.cols);
+    }
+    const auto fill = [&](int64_t i, int) {
+        const auto& [activations, share] = fresh[size_t(i)];
+        for (size_t t = 0; t < share->tokens.size(); ++t) activations->set_row(int64_t(t), x, begin + share->tokens[t]);
+    };
+    if (T <= kDirectTokens) {  // sooner done than shared out
+        for (size_t i = 0; i < fresh.size(); ++i) fill(int64_t(i), 0);
+    } else {
+        parallel(int64_t(fresh.size()), fill);
+    }
+}
+
+// silu(w1 x) * (w3 x), 64 hidden columns of one expert at a time.
+void gate_and_up(std::vector<Share>& shares, Workspace& space) {
+    int64_t chunks = 0;
+    for (const Share& share : shares) chunks = std::max(chunks, ceil_div(share.expert->w1.rows, kHiddenChunk));
+    parallel(chunks * int64_t(shares.size()), [&](int64_t task, int thread) {
+        Share& share = shares[size_t(task / chunks)];
+        const Matrix &w1 = share.expert->w1, &w3 = share.expert->w3;
+        const int64_t first = task % chunks * kHiddenChunk, n = std::min(kHiddenChunk, w1.rows - first);
+        if (n <= 0) return;
+        const int64_t T = int64_t(share.tokens.size());
+        float *a = space.floats(thread), *b = a + T * kHiddenChunk;
+        const int64_t end = ceil_div(first + n, kPanelRows);
+        for (int64_t p = first / kPanelRows; p < end; p += kMaxPanels) {
+            const int count = int(std::min<int64_t>(kMaxPanels, end - p));
+            const int64_t column = p * kPanelRows - first;
+            share.in1->times(w1, p, count, a + column, kHiddenChunk, space.span(thread));
+            share.in3->times(w3, p, count, b + column, kHiddenChunk, space.span(thread));
+        }
+        for (int64_t t = 0; t < T; ++t) {
+            float* h = a + t * kHiddenChunk;
+            kernels().silu_mul(h, b + t * kHiddenChunk, h, n);
+            share.hidden->set(t, h, first, n);
+        }
+    });
+}
+
+// The weighted sum of w2 h: a task owns some columns of every token.
+void down(const std::vector<Share>& shares, int64_t T, Rows y, int64_t begin, Workspace& space) {
+    const int64_t panels = ceil_div(y.cols, kPanelRows), chunk = T > kDirectTokens ? kMaxPanels : 1;
+    parallel(ceil_div(panels, chunk), [&](int64_t task, int thread) {
+        const int64_t p = task * chunk, first = p * kPanelRows;
+        const int n = int(std::min(chunk, panels - p));
+        const int64_t width = n * kPanelRows, cols = std::min(width, y.cols - first);
+        float *sum = space.floats(thread), *part = sum + T * width;
+        std::fill(sum, part, 0.0f);
+        for (const Share& share : shares) {
+            share.hidden->times(share.expert->w2, p, n, part, width, space.span(thread));
+            for (size_t i = 0; i < share.tokens.size(); ++i) {
+                float* to = sum + share.tokens[i] * width;
+                const float* from = part + int64_t(i) * width;
+                for (int64_t j = 0; j < cols; ++j) to[j] += share.weights[i] * from[j];
+            }
+        }
+        for (int64_t t = 0; t < T; ++t) store_row(y, begin + t, first, sum + t * width, cols);
+    });
+}
+
+}  // namespace
+
+void moe(Rows x, const int64_t* ids, const float* weights, int64_t K, const std::vector<Expert>& experts, Rows y) {
+    const Turn turn;
+    for (int64_t begin = 0; begin < x.count; begin += kTokensAtATime) {
+        const int64_t T = std::min(kTokensAtATime, x.count - begin);
+        arena().reset();
+        std::vector<Share> shares = shares_of(ids + begin * K, weights + begin * K, T, K, experts);
+        Workspace space(2 * T * kHiddenChunk, T > kDirectTokens);
+        prepare(shares, x, begin, T);
+        gate_and_up(shares, space);
+        down(shares, T, y, begin, space);
+    }
+}
+
+}  // namespace octavo
