@@ -40,6 +40,7 @@ from mutations import (
     json_object,
     npy_header,
     safetensors_header,
+    store_metadata,
     torch_pickle,
     zip_fields,
 )
@@ -50,7 +51,7 @@ from octavo.checkpoint import Checkpoint, open_checkpoint
 from octavo.checkpoint.names import GGUF, HF, canonical_shapes
 from octavo.checkpoint.output import Encoding, GGUFEncoded, OutFile, Plain, gguf_file, index_of, safetensors_files
 from octavo.checkpoint.writer import write_file, write_json
-from octavo.convert import plan_conversion
+from octavo.convert import plan_conversion, plan_quantization
 from octavo.errors import UserError
 from octavo.storage.gguf_args import gguf_metadata
 from octavo.storage.safetensors import INDEX
@@ -126,18 +127,23 @@ def write_torch(folder: Path, *, zipped: bool) -> None:
     write_json(folder / "params.json", params())
 
 
-def write_quantised(folder: Path, *, to: str, dtype: str) -> None:
-    """By Octavo itself, of the first one."""
+def write_quantised(folder: Path, **options: Any) -> None:
+    """By Octavo itself, of the first one: converted, or quantised to so many bits."""
     source = folder / "source"
     source.mkdir()
     write_hf(source)
-    plan_conversion(source, folder / "out", to=to, dtype=dtype).run()
+    plan = plan_quantization if "bits" in options else plan_conversion
+    plan(source, folder / "out", **options).run()
     for path in (folder / "out").iterdir():
         path.rename(folder / path.name)
     (folder / "out").rmdir()
     for path in source.iterdir():
         path.unlink()
     source.rmdir()
+
+
+write_mlx_q4 = partial(write_quantised, to="mlx", dtype="q4")
+write_store = partial(write_quantised, bits=3, overrides={"output.weight": "q2"})
 
 
 @dataclass(frozen=True)
@@ -153,10 +159,14 @@ KINDS: dict[str, tuple[Base, ...]] = {
     "safetensors": (
         Base(write_hf, "model-00001-of-00002.safetensors", (safetensors_header, safetensors_header, byte_level)),
         Base(
-            partial(write_quantised, to="mlx", dtype="q4"),
+            write_mlx_q4,
             "model.safetensors",
             (safetensors_header, safetensors_header, byte_level),
         ),
+    ),
+    "store": (
+        Base(write_store, "model.safetensors", (store_metadata, store_metadata, safetensors_header, byte_level)),
+        Base(write_store, "config.json", (json_object,)),
     ),
     "gguf": (Base(write_gguf, "model.gguf", (gguf_header, gguf_header, byte_level)),),
     "npz": (
@@ -169,7 +179,7 @@ KINDS: dict[str, tuple[Base, ...]] = {
     ),
     "config.json": (
         Base(write_hf, "config.json", (json_object, json_object, byte_level)),
-        Base(partial(write_quantised, to="mlx", dtype="q4"), "config.json", (json_object,)),
+        Base(write_mlx_q4, "config.json", (json_object,)),
         Base(write_hf, INDEX, (json_object, byte_level)),
         Base(write_hf, "generation_config.json", (json_object,)),
     ),
@@ -242,10 +252,14 @@ def _steps(checkpoint: Checkpoint, folder: Path) -> Iterator[Callable[[], object
     yield lambda: canonical.extend(checkpoint.names())
     for name in canonical:
         yield lambda name=name: _read(checkpoint, name)
+        yield lambda name=name: checkpoint.packed(name)
+    yield lambda: checkpoint.verify() if checkpoint.is_store else None
     yield lambda: checkpoint.eos_ids
     yield lambda: checkpoint.tokenizer()
     for to in ("hf", "gguf"):
         yield lambda to=to: plan_conversion(checkpoint, folder / "never written", to=to)
+    target = folder / "never written"
+    yield lambda: None if checkpoint.is_store else plan_quantization(checkpoint, target, bits=4)
 
 
 def _read(source: Any, name: str) -> None:

@@ -161,6 +161,36 @@ def _plausible_lie(header: dict[str, Any], rng: Random) -> bytes:
     return json.dumps(header).encode()
 
 
+def store_metadata(data: bytes, rng: Random) -> bytes:
+    """Change what a store's header says of its tensors; the header is as long as it needs to be."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    text = header["__metadata__"]["octavo"].encode()
+    changed = json_object(text, rng) if rng.random() < 0.7 else _plausible_store(json.loads(text), rng)
+    header["__metadata__"]["octavo"] = changed.decode()
+    new = json.dumps(header).encode()
+    return struct.pack("<Q", len(new)) + new + data[8 + length :]
+
+
+def _plausible_store(said: dict[str, Any], rng: Random) -> bytes:
+    """A format, dtype or shape that others have; or the entries of two tensors exchanged."""
+    tensors = said["tensors"]
+    name, other = rng.sample(sorted(tensors), 2)
+    quantised = [entry for entry in tensors.values() if "shape" in entry]
+    entry, way = rng.choice(quantised), rng.randrange(5)
+    if way == 0:
+        entry["format"] = rng.choice(("q8", "q4", "q3", "q2", "q5"))
+    elif way == 1:
+        entry["dtype"] = rng.choice(("F32", "F16", "BF16", "F64", "U8"))
+    elif way == 2:
+        entry["shape"] = [n + rng.choice((-1, 0, 1, 16)) for n in entry["shape"]]
+    elif way == 3:
+        entry["shape"] = entry["shape"][::-1]
+    else:
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+    return json.dumps(said).encode()
+
+
 # ---------------------------------------- GGUF
 
 

@@ -13,12 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from octavo.convert import plan_conversion
+from octavo.convert import Conversion, plan_conversion, plan_quantization
 from octavo.errors import UserError
 
 SHARD = 200_000  # bytes, so that a small model has many files
 JOURNAL = "journal.jsonl"
 M_MMAP_THRESHOLD = -3  # of mallopt
+
+
+def plan(source: Path, target: Path, options: dict[str, Any], **more: Any) -> Conversion:
+    """Plan a conversion, or the quantising to so many bits."""
+    return (plan_quantization if "bits" in options else plan_conversion)(source, target, **options, **more)
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -67,12 +72,12 @@ def convert_and_die(source: Path, target: Path, options: dict[str, Any], pieces:
         if seen > pieces:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    plan_conversion(source, target, shard_bytes=SHARD, **options).run(progress)
+    plan(source, target, options, shard_bytes=SHARD).run(progress)
 
 
 def convert_within(source: Path, target: Path, options: dict[str, Any], file_bytes: int) -> str:
     """Convert where no file may grow beyond a limit, as on a full disk; return the error."""
-    conversion = plan_conversion(source, target, shard_bytes=SHARD, **options)
+    conversion = plan(source, target, options, shard_bytes=SHARD)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     try:
         conversion.run()
@@ -89,10 +94,10 @@ def convert_and_measure(source: Path, target: Path, options: dict[str, Any]) -> 
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     import gguf.quants  # noqa: F401  # what is imported on the way is not measured either
 
-    plan_conversion(source, target, **options)
+    plan(source, target, options)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
-    plan_conversion(source, target, **options).run()
+    plan(source, target, options).run()
     return memory("VmHWM") - before
 
 

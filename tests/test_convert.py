@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import conversions
 from conversions import JOURNAL, SHARD, contents, convert_and_die, convert_within, in_process, written
 from octavo.checkpoint import open_checkpoint
 from octavo.convert import Conversion, plan_conversion
@@ -29,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "mlx": {"to": "mlx"},
     "mlx q4": {"to": "mlx", "dtype": "q4"},
     "gguf q8_0": {"to": "gguf", "dtype": "q8_0"},
+    "octavo q4": {"bits": 4, "method": "rtn"},
 }
 
 
@@ -46,7 +48,7 @@ def copied(source: Path, tmp_path: Path) -> Path:
 
 
 def plan(source: Path, target: Path, way: str = "hf") -> Conversion:
-    return plan_conversion(source, target, shard_bytes=SHARD, **WAYS[way])
+    return conversions.plan(source, target, WAYS[way], shard_bytes=SHARD)
 
 
 def convert(source: Path, target: Path, way: str = "hf") -> dict[str, bytes]:
@@ -101,7 +103,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(way: str, source: Path
     assert not beside.exists()
 
 
-@pytest.mark.parametrize("way", ["hf", "mlx q4", "gguf q8_0"])
+@pytest.mark.parametrize("way", ["hf", "mlx q4", "gguf q8_0", "octavo q4"])
 def test_what_is_written_is_not_read_again(
     way: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +168,7 @@ def remove_journal(beside: Path, conversion: Conversion) -> None:
 
 def spoil_journal(beside: Path, conversion: Conversion) -> None:
     with (beside / JOURNAL).open("ab") as file:
-        file.write(b'\n\xff\xfe[1]\n7\n{"piece": 1}\n\n{"file": null, "piece": "x", "crc32": {}}\n{"file')
+        file.write(b'\n\xff\xfe[1]\n7\n{"piece": 1}\n\n{"file": null, "piece": "x", "xxh3": {}}\n{"file')
 
 
 DAMAGE = {  # and how many pieces have to be written again
@@ -232,7 +234,7 @@ def test_an_unfinished_conversion_of_something_else_is_kept(copied: Path, tmp_pa
         assert contents(first.beside / "files") == before
         assert written(first.beside) == done
 
-    for way in ("mistral", "mlx", "mlx q4", "gguf q8_0"):
+    for way in ("mistral", "mlx", "mlx q4", "gguf q8_0", "octavo q4"):
         refuse(way)
     (copied / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
     refuse()
@@ -424,6 +426,9 @@ def test_a_full_disk_is_one_error_and_no_loss(source: Path, tmp_path: Path) -> N
 def test_what_octavo_cannot_write_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="to is 'onnx'; expected one of hf, mistral, mlx, gguf"):
         plan_conversion(source, tmp_path / "target", to="onnx")
+    with pytest.raises(OptionError, match="to is 'octavo'") as raised:
+        plan_conversion(source, tmp_path / "target", to="octavo")
+    assert "octavo quantize" in str(raised.value.hint)
     for to, dtype, expected in (
         ("hf", "q8_0", "float32, bfloat16, float16$"),
         ("mistral", "int8", "float32, bfloat16, float16$"),
@@ -483,11 +488,14 @@ def test_a_dtype_that_the_target_lacks_is_named(to: str, dtype: str | None, copi
     plan_conversion(copied, tmp_path / "target", to=to, dtype="bfloat16").run()
 
 
-@pytest.mark.parametrize("way", ["mlx q4", "gguf q8_0"])
+@pytest.mark.parametrize("way", ["mlx q4", "gguf q8_0", "octavo q4"])
 def test_a_quantised_source_is_dequantised(way: str, source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "quantised", way)
     plan_conversion(tmp_path / "quantised", tmp_path / "plain", to="hf", dtype="float32").run()
     quantised, plain = open_checkpoint(tmp_path / "quantised"), open_checkpoint(tmp_path / "plain")
     assert set(quantised) == set(plain)
     assert all(torch.equal(quantised.read(name).float(), plain.read(name)) for name in quantised)
-    assert "quantization" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert (
+        not {"quantization", "quantization_config"}
+        & json.loads((tmp_path / "plain" / "config.json").read_text()).keys()
+    )

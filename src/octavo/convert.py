@@ -1,4 +1,4 @@
-"""Any layout in, any layout out: a checkpoint is read and written one tensor at a time.
+"""Any layout in, any layout out, or a quantised store: a checkpoint is read and written one tensor at a time.
 
 The new files grow in a folder beside their place and move there when they are whole. A journal beside them says which
 pieces are written; an interrupted conversion, started again, checks those and goes on behind them.
@@ -20,9 +20,13 @@ from typing import Any
 
 from octavo.checkpoint import Checkpoint, open_checkpoint
 from octavo.checkpoint.output import SHARD_BYTES, OutFile
-from octavo.checkpoint.targets import plan_companions, plan_files
-from octavo.checkpoint.writer import checksums_of, flush_all, write_file
+from octavo.checkpoint.targets import plan_companions, plan_files, plan_store
+from octavo.checkpoint.writer import Checksums, checksums_of, flush_all, write_file
 from octavo.errors import CheckpointError, OptionError
+from octavo.quant.encode import METHODS
+from octavo.quant.formats import FORMATS
+from octavo.quant.presets import preset
+from octavo.storage.packed_octavo import KEY
 
 Progress = Callable[[int], None]
 """Called with a number of bytes that are written (or found written), from time to time."""
@@ -101,11 +105,11 @@ class Conversion:
         written = journal.found(path, file)
         progress(len(file.header) + sum(file.pieces[number].nbytes for number in written))
 
-        def done(number: int, checksums: list[int]) -> None:
+        def done(number: int, checksums: Checksums) -> None:
             journal.note(file, number, checksums)
             progress(file.pieces[number].nbytes)
 
-        write_file(path, file, self.checkpoint.read, skip=written, done=done)
+        write_file(path, file, self.checkpoint.read, there=written, done=done)
 
     def _finish(self) -> None:
         """Flush, and move to the target's place."""
@@ -136,18 +140,18 @@ class _Journal:
             )
         if not lines:
             self._add(identity)
-        self.written = {(line.get("file"), line.get("piece")): line.get("crc32") for line in lines[1:]}
+        self.written = {(line.get("file"), line.get("piece")): line.get("xxh3") for line in lines[1:]}
 
-    def found(self, path: Path, file: OutFile) -> frozenset[int]:
-        """Return the numbers of a file's pieces that are there, and as they were written."""
+    def found(self, path: Path, file: OutFile) -> dict[int, Checksums]:
+        """Return the numbers of a file's pieces that are there, and as they were written, with their checksums."""
         if not path.exists():
-            return frozenset()
+            return {}
         noted = {number: self.written.get((file.name, number)) for number in range(len(file.pieces))}
-        return frozenset(n for n, sums in noted.items() if sums and sums == checksums_of(path, file.pieces[n]))
+        return {n: sums for n, sums in noted.items() if sums and sums == checksums_of(path, file.pieces[n])}
 
-    def note(self, file: OutFile, number: int, checksums: list[int]) -> None:
+    def note(self, file: OutFile, number: int, checksums: Checksums) -> None:
         """Remember that a piece is written."""
-        self._add({"file": file.name, "piece": number, "crc32": checksums})
+        self._add({"file": file.name, "piece": number, "xxh3": checksums})
 
     def _add(self, line: Mapping[str, Any]) -> None:
         self._file.write(f"\n{json.dumps(line)}".encode())
@@ -215,13 +219,70 @@ def plan_conversion(
         OptionError: an unknown target, or a dtype that it does not know.
         UserError: what `octavo.checkpoint.open_checkpoint` raises.
     """
-    target = Path(os.path.expanduser(target))
-    if target.suffix == ".gguf" and to != "gguf":
-        raise OptionError(f"{target}: only --to gguf writes a .gguf file", hint="give the name of a folder")
-    _check_absent(target)
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, revision, mapped=False)
-    checkpoint.check()
+    target = _place(target, to)
+    checkpoint = _open(source, revision)
     files = plan_files(checkpoint, to, dtype, shard_bytes)
     if target.suffix == ".gguf":
         files = [replace(files[0], name=target.name)]
     return Conversion(checkpoint, target, tuple(files), plan_companions(checkpoint, to, files, dtype))
+
+
+def plan_quantization(
+    source: str | Path | Checkpoint,
+    target: str | Path,
+    *,
+    bits: int | str,
+    overrides: Mapping[str, str] | None = None,
+    method: str = "optimal",
+    revision: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Conversion:
+    """Plan to write a checkpoint as a store, quantised as the kernels read it; nothing is written yet.
+
+    Args:
+        source: whatever `octavo.checkpoint.open_checkpoint` opens, but for a store.
+        target: a folder that does not exist.
+        bits: 8, 4, 3 or 2: a preset of `octavo.quant.presets`.
+        overrides: formats for tensors whose canonical names match a pattern; see there.
+        method: "optimal", or "rtn" (round to nearest).
+        revision: branch, tag or commit, if the source is a repository.
+        shard_bytes: tensors beyond this go into a further file.
+
+    Raises:
+        CheckpointError: the source is no whole Mixtral-class checkpoint, or is a store; or the target exists.
+        OptionError: unknown bits, formats or method, a pattern that nothing matches, or weights of another dtype than
+            float32, bfloat16 and float16.
+        UserError: what `octavo.checkpoint.open_checkpoint` raises.
+    """
+    target = _place(target, KEY)
+    if method not in METHODS:
+        raise OptionError(
+            f"method is {method!r}; expected one of {', '.join(METHODS)}", hint="optimal is closer, rtn quicker"
+        )
+    checkpoint = _open(source, revision)
+    if checkpoint.is_store:
+        raise CheckpointError(
+            f"{checkpoint.location}: is a store already, and more would be lost",
+            hint="quantise the original weights; what is left of them, octavo convert gives back",
+        )
+    formats = {name: FORMATS[format] for name, format in preset(bits, checkpoint.names(), overrides).items()}
+    files = plan_store(checkpoint, formats, method, shard_bytes)
+    settings = {"bits": int(bits), "method": method, "overrides": dict(overrides or {})}
+    companions = plan_companions(checkpoint, KEY, files, settings=settings)
+    return Conversion(checkpoint, target, tuple(files), companions)
+
+
+def _place(target: str | Path, to: str) -> Path:
+    """Where to write, if nothing is there yet."""
+    path = Path(os.path.expanduser(target))
+    if path.suffix == ".gguf" and to != "gguf":
+        raise OptionError(f"{path}: only --to gguf writes a .gguf file", hint="give the name of a folder")
+    _check_absent(path)
+    return path
+
+
+def _open(source: str | Path | Checkpoint, revision: str | None) -> Checkpoint:
+    """A whole Mixtral-class checkpoint."""
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, revision, mapped=False)
+    checkpoint.check()
+    return checkpoint

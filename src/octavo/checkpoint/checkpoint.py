@@ -6,21 +6,24 @@ import functools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from octavo.args import ModelArgs
-from octavo.checkpoint.config import read_args, read_config, read_eos_ids
-from octavo.checkpoint.names import Layout, Part, Stored, recognise, stored_tensors
+from octavo.checkpoint.config import CONFIG, read_args, read_config, read_eos_ids
+from octavo.checkpoint.names import STORES, Layout, Part, Stored, recognise, stored_tensors
 from octavo.errors import CheckpointError, ConfigError, OptionError
 from octavo.hub import REPO_ID, RemoteFolder, download_small
+from octavo.quant.formats import Packed
 from octavo.storage.files import MappedFile, PlainFile
 from octavo.storage.folder import Folder, LocalFolder
 from octavo.storage.packed import undo_packing
-from octavo.storage.safetensors import INDEX, SINGLE, SafetensorsFile, ShardedSafetensors
+from octavo.storage.packed_octavo import declares_store, open_shard, store_file
+from octavo.storage.safetensors import INDEX, SINGLE, ShardedSafetensors
 from octavo.storage.source import MergedSource, Rows, TensorInfo, TensorSource, row_range
 from octavo.tokenizer import Tokenizer
 
@@ -30,6 +33,7 @@ SPLIT = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 GGUF_ENDS = tuple(f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
 MAX_STACKED_EXPERTS = 16_384
 """In all layers together; they are listed before the tensor that they lie in is looked at."""
+VERIFIERS = 2  # threads; one of them may be waiting for the disk
 
 
 class Checkpoint(TensorSource):
@@ -43,14 +47,17 @@ class Checkpoint(TensorSource):
         stored: the tensors by their names on disk, quantisation undone.
         folder: the files.
         metadata: of a GGUF file; {} for every other kind.
+        config: config.json; {} where there is none, and beside a GGUF file.
     """
 
-    def __init__(self, folder: Folder, stored: TensorSource, metadata: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Folder, stored: TensorSource, metadata: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> None:
         self.location = stored.location if metadata else folder.location
         self.folder = folder
         self.metadata = metadata
-        self.config: Mapping[str, Any] = {} if metadata else read_config(folder)
-        self.stored = undo_packing(stored, self.config)
+        self.config = config
+        self.stored = undo_packing(stored, config)
 
     @functools.cached_property
     def args(self) -> ModelArgs:
@@ -69,14 +76,20 @@ class Checkpoint(TensorSource):
     def layout(self) -> Layout | None:
         """How the tensors are named and lie on disk; None for a model that is no Mixtral or Mistral."""
         try:
-            return recognise(self.stored.names(), self.args, lambda name: self.stored.info(name).shape)
+            found = recognise(self.stored.names(), self.args, lambda name: self.stored.info(name).shape)
         except ConfigError:
             return None
+        return STORES[found] if found in STORES and self.is_store else found
 
     @property
     def layout_name(self) -> str:
         """The layout's short name, such as "hf" or "gguf"; "unknown" for another family."""
         return self.layout.name if self.layout else "unknown"
+
+    @functools.cached_property
+    def is_store(self) -> bool:
+        """Whether it is a store of `octavo quantize`, whose tensors `packed` gives as they lie there."""
+        return any(store_file(self.stored, name) is not None for name in self.stored.names()[:1])
 
     @functools.cached_property
     def _places(self) -> dict[str, tuple[Stored, Part]]:
@@ -123,6 +136,43 @@ class Checkpoint(TensorSource):
             return tensor.view(last - first, *info.shape[1:])
         tensor = transform.read(self.stored.read(stored.name, (part.first, part.last)), self.args)
         return tensor if rows is None else tensor[first:last]
+
+    def packed(self, name: str) -> Packed | None:
+        """Return a quantised matrix of a store as the kernels read it: a view of a mapped file, not compared with its
+        checksum.
+
+        Returns:
+            None for what is no quantised matrix of a store.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its shape is another than the model's.
+        """
+        self.info(name)
+        place = self._places.get(name)
+        name = name if place is None else place[0].name
+        file = store_file(self.stored, name)
+        return None if file is None else file.packed(name)
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+        """Compare every tensor of a store with its checksum.
+
+        Args:
+            progress: called with a number of bytes that were found to be right, from time to time.
+
+        Raises:
+            CheckpointError: a tensor is damaged; the message names it and its file. Or this is no store.
+        """
+        if not self.is_store:
+            raise CheckpointError(
+                f"{self.location}: has no checksums (layout {self.layout_name})",
+                hint="stores have, which `octavo quantize` writes",
+            )
+        files = ((name, store_file(self.stored, name)) for name in self.stored.names())
+        tasks = [functools.partial(file.verify, name) for name, file in files if file is not None]
+        with ThreadPoolExecutor(VERIFIERS) as pool:
+            for nbytes in pool.map(lambda task: task(), tasks):
+                if progress:
+                    progress(nbytes)
 
     def check(self) -> None:
         """Compare every name, shape and dtype with the model's, both ways, before anything is read.
@@ -261,18 +311,20 @@ def _weights(folder: Folder) -> list[str]:
 
 def _open(folder: Folder, weights: list[str]) -> Checkpoint:
     kind = weights[0].rpartition(".")[2]
-    if weights[0].endswith(".safetensors.index.json"):
-        sharded = ShardedSafetensors(folder, weights[0])
-        if isinstance(folder, LocalFolder):  # of a distant one, headers are read when they are needed
-            sharded.check()
-        return Checkpoint(folder, sharded, {})
     if kind == "gguf":
         from octavo.storage.gguf import open_gguf
 
         source = open_gguf(folder, _first_split(folder, weights))
-        return Checkpoint(folder, source, source.metadata)
-    sources = [_open_file(folder, name, kind) for name in weights]
-    return Checkpoint(folder, sources[0] if len(sources) == 1 else MergedSource(sources, folder.location), {})
+        return Checkpoint(folder, source, source.metadata, {} if source.metadata else read_config(folder))
+    config = read_config(folder)
+    in_store = declares_store(config, f"{folder.location}/{CONFIG}")
+    if weights[0].endswith(".safetensors.index.json"):
+        sharded = ShardedSafetensors(folder, weights[0], functools.partial(open_shard, in_store=in_store))
+        if isinstance(folder, LocalFolder):  # of a distant one, headers are read when they are needed
+            sharded.check()
+        return Checkpoint(folder, sharded, {}, config)
+    sources = [_open_file(folder, name, kind, in_store) for name in weights]
+    return Checkpoint(folder, sources[0] if len(sources) == 1 else MergedSource(sources, folder.location), {}, config)
 
 
 def _first_split(folder: Folder, weights: list[str]) -> str:
@@ -286,7 +338,7 @@ def _first_split(folder: Folder, weights: list[str]) -> str:
     return (first or weights)[0]
 
 
-def _open_file(folder: Folder, name: str, kind: str) -> TensorSource:
+def _open_file(folder: Folder, name: str, kind: str, in_store: bool) -> TensorSource:
     file = folder.file(name)
     if kind in ("pt", "pth"):
         if not isinstance(file, MappedFile | PlainFile):
@@ -298,7 +350,7 @@ def _open_file(folder: Folder, name: str, kind: str) -> TensorSource:
 
         return TorchFile(file)
     if kind == "safetensors":
-        return SafetensorsFile(file)
+        return open_shard(file, in_store=in_store)
     if kind == "npz":
         from octavo.storage.npz import NpzFile
 

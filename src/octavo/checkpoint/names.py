@@ -272,8 +272,16 @@ GGUF_DENSE = Layout(
 )
 """llama.cpp, a dense Mistral."""
 
+OCTAVO = Layout("octavo", MISTRAL.rules)
+"""A store of `octavo quantize`: the canonical names themselves, and each file says how its tensors are quantised."""
+
+OCTAVO_DENSE = Layout("octavo-dense", MISTRAL_DENSE.rules)
+"""A store of a dense Mistral."""
+
 LAYOUTS = (HF, HF_FUSED, MLX, MISTRAL, MISTRAL_STACKED, GGUF, GGUF_SPLIT, GPT_FAST, GPT_FAST_OLD)
 DENSE_LAYOUTS = (HF_DENSE, MISTRAL_DENSE, GGUF_DENSE)
+STORES = {MISTRAL: OCTAVO, MISTRAL_DENSE: OCTAVO_DENSE}
+"""A store's layout by the one that has its names; these two cannot be told apart by names."""
 
 
 @dataclass(frozen=True)

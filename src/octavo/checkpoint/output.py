@@ -6,12 +6,13 @@ so pieces can be made one at a time, in the memory of one tensor, and a file can
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,12 +34,14 @@ class Field:
         name, shape: as stored.
         encoding: a safetensors dtype name, or a GGUF block type.
         nbytes: all of it.
+        format: how the bytes are quantised, in a store.
     """
 
     name: str
     shape: Shape
     encoding: str
     nbytes: int
+    format: str | None = None
 
 
 class Encoding(Protocol):
@@ -153,6 +156,8 @@ class OutFile:
         size: in bytes, header included.
         fields: the tensors in it.
         pieces: what they are made of, in the order in which they are best made.
+        seal: makes the header with the checksums of all pieces' blocks, of which there is one each, where it has those:
+            it is written again once they are known.
     """
 
     name: str
@@ -160,6 +165,7 @@ class OutFile:
     size: int
     fields: tuple[Field, ...]
     pieces: tuple[Piece, ...]
+    seal: Callable[[Sequence[str]], bytes] | None = None
 
 
 Choice = Callable[[Stored], Encoding]
@@ -177,39 +183,63 @@ def safetensors_files(
         stem: the beginning of the files' names.
         shard_bytes: tensors beyond this go into a further file.
     """
-    shards: list[list[tuple[Stored, Encoding]]] = [[]]
+    tensors = [(stored, choose(stored)) for stored in stored_tensors(layout, args)]
+    shards = in_shards(
+        tensors, lambda tensor: sum(field.nbytes for field in tensor[1].fields(tensor[0])), stem, shard_bytes
+    )
+    return [_safetensors_file(name, shard, args) for name, shard in shards.items()]
+
+
+T = TypeVar("T")
+
+
+def in_shards(items: Iterable[T], nbytes: Callable[[T], int], stem: str, shard_bytes: int) -> dict[str, list[T]]:
+    """Share items out among files, in their order; return those of each file by its name."""
+    shards: list[list[T]] = [[]]
     filled = 0
-    for stored in stored_tensors(layout, args):
-        encoding = choose(stored)
-        nbytes = sum(field.nbytes for field in encoding.fields(stored))
-        if shards[-1] and filled + nbytes > shard_bytes:
+    for item in items:
+        if shards[-1] and filled + nbytes(item) > shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append((stored, encoding))
-        filled += nbytes
-    names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        shards[-1].append(item)
+        filled += nbytes(item)
     if len(shards) == 1:
-        names = [f"{stem}.safetensors"]
-    return [_safetensors_file(name, shard, args) for name, shard in zip(names, shards, strict=True)]
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 def _safetensors_file(name: str, shard: list[tuple[Stored, Encoding]], args: ModelArgs) -> OutFile:
     fields = [field for stored, encoding in shard for field in encoding.fields(stored)]
     # Widest numbers first, so that all of them are aligned.
     fields.sort(key=lambda field: -field.nbytes // max(math.prod(field.shape), 1))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offsets: dict[str, int] = {}
+    header = safetensors_header(fields, {})
+    begins = begins_behind(header, fields)
+    size = len(header) + sum(field.nbytes for field in fields)
+    return OutFile(name, header, size, tuple(fields), _pieces(shard, begins, args))
+
+
+def safetensors_header(fields: Sequence[Field], metadata: Mapping[str, str], alignment: int = 64) -> bytes:
+    """Make the header of a file in which the fields lie one behind the other.
+
+    Args:
+        fields: in their order.
+        metadata: more of ``__metadata__``.
+        alignment: of the first byte behind the header; matrix products like data to begin at a multiple of 64.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for field in fields:
-        offsets[field.name] = end
-        end += field.nbytes
-        place = [offsets[field.name], end]
-        entries[field.name] = {"dtype": field.encoding, "shape": list(field.shape), "data_offsets": place}
+        begin, end = end, end + field.nbytes
+        entries[field.name] = {"dtype": field.encoding, "shape": list(field.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # data then begins where matrix products like it
-    header = struct.pack("<Q", len(text)) + text
-    offsets = {name: len(header) + offset for name, offset in offsets.items()}
-    return OutFile(name, header, len(header) + end, tuple(fields), _pieces(shard, offsets, args))
+    text += b" " * (-(8 + len(text)) % alignment)
+    return struct.pack("<Q", len(text)) + text
+
+
+def begins_behind(header: bytes, fields: Sequence[Field]) -> dict[str, int]:
+    """Return where in the file each field begins, by name."""
+    begins = itertools.accumulate((field.nbytes for field in fields), initial=len(header))
+    return {field.name: begin for field, begin in zip(fields, begins, strict=False)}
 
 
 def index_of(files: Sequence[OutFile]) -> Mapping[str, Any]:

@@ -23,7 +23,10 @@ from octavo.checkpoint.output import (
     index_of,
     safetensors_files,
 )
+from octavo.checkpoint.store import store_files
 from octavo.errors import OptionError, TokenizerError
+from octavo.quant.formats import Format
+from octavo.storage.packed_octavo import KEY, VERSION
 from octavo.storage.safetensors import INDEX
 from octavo.tokenizer import Tokenizer
 
@@ -57,7 +60,8 @@ def plan_files(checkpoint: Checkpoint, to: str, dtype: str | None, shard_bytes: 
         OptionError: no such layout, or it cannot hold the dtype.
     """
     if to not in TARGETS:
-        raise OptionError(f"to is {to!r}; expected one of {', '.join(TARGETS)}")
+        hint = "`octavo quantize SRC DST --bits 4` writes a store" if to == KEY else None
+        raise OptionError(f"to is {to!r}; expected one of {', '.join(TARGETS)}", hint)
     if dtype is not None and dtype not in TARGETS[to]:
         raise OptionError(
             f"dtype is {dtype!r}; {to} is written as one of {', '.join(TARGETS[to])}",
@@ -77,6 +81,27 @@ def plan_files(checkpoint: Checkpoint, to: str, dtype: str | None, shard_bytes: 
     return safetensors_files(HF if args.moe else HF_DENSE, args, choose, shard_bytes=shard_bytes)
 
 
+def plan_store(checkpoint: Checkpoint, formats: Mapping[str, Format], method: str, shard_bytes: int) -> list[OutFile]:
+    """Plan the files of a store.
+
+    Args:
+        checkpoint: what is read.
+        formats: of each quantised tensor, by canonical name; others are kept in their dtype.
+        method: of quantising, one of `octavo.quant.encode.METHODS`.
+        shard_bytes: tensors beyond this go into a further file.
+
+    Raises:
+        OptionError: weights to be quantised are of a dtype that Octavo does not compute in.
+    """
+    for name in formats:
+        if checkpoint.info(name).dtype not in FLOATS.values():
+            raise OptionError(
+                f"{checkpoint.location}: {name} is {checkpoint.info(name).dtype}; expected one of {', '.join(FLOATS)}",
+                hint="convert the weights first: octavo convert SRC DST --to hf --dtype bfloat16",
+            )
+    return store_files(checkpoint.args, formats, lambda name: _own_dtype(checkpoint, name), method, shard_bytes)
+
+
 def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of most tensors: the embedding's."""
     return checkpoint.info("tok_embeddings.weight").dtype
@@ -94,12 +119,11 @@ def _main_name(checkpoint: Checkpoint) -> str:
 
 
 def _plain_choice(checkpoint: Checkpoint, dtype: str | None) -> Choice:
-    return lambda stored: Plain(FLOATS[dtype] if dtype else _own_dtype(checkpoint, stored))
+    return lambda stored: Plain(FLOATS[dtype] if dtype else _own_dtype(checkpoint, stored.parts[0].canonical))
 
 
-def _own_dtype(checkpoint: Checkpoint, stored: Stored) -> torch.dtype:
+def _own_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
     """A tensor's dtype; GGUF widens norms and routers to float32, which is undone where nothing is lost by it."""
-    name = stored.parts[0].canonical
     info, main = checkpoint.info(name), main_dtype(checkpoint)
     if not checkpoint.metadata or info.dtype == main or info.nbytes > SMALL * info.dtype.itemsize:
         return info.dtype
@@ -148,8 +172,21 @@ def _gguf_metadata(checkpoint: Checkpoint, dtype: str | None) -> Mapping[str, An
 # ---------------------------------------- small files
 
 
-def plan_companions(checkpoint: Checkpoint, to: str, files: Sequence[OutFile], dtype: str | None) -> dict[str, bytes]:
+def plan_companions(
+    checkpoint: Checkpoint,
+    to: str,
+    files: Sequence[OutFile],
+    dtype: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, bytes]:
     """Return the small files beside the weights, by name: configuration, index, tokenizer.
+
+    Args:
+        checkpoint: what is read.
+        to: a key of `TARGETS`, or "octavo" for a store.
+        files: the weights.
+        dtype: see `plan_files`.
+        settings: how a store is quantised, for config.json.
 
     Raises:
         UserError: the source's are damaged.
@@ -162,7 +199,10 @@ def plan_companions(checkpoint: Checkpoint, to: str, files: Sequence[OutFile], d
         found[PARAMS] = _json(checkpoint.args.to_params())
     else:
         found |= _tokenizer_json(checkpoint, found, tokenizer)
-        found[CONFIG] = _json(_hf_config(checkpoint, to, dtype, tokenizer))
+        config = _hf_config(checkpoint, to, dtype, tokenizer)
+        if settings is not None:
+            config["quantization_config"] = {"quant_method": KEY, "version": VERSION, **settings}
+        found[CONFIG] = _json(config)
         if len(files) > 1:
             found[INDEX] = _json(index_of(files))
     ends: dict[str, Any] = {}

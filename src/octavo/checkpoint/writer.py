@@ -6,8 +6,7 @@ import itertools
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_64_hexdigest
 
 from octavo.args import ModelArgs
 from octavo.checkpoint.names import HF, HF_DENSE
@@ -24,8 +24,10 @@ from octavo.storage.safetensors import INDEX
 
 Read = Callable[[str], Tensor]
 """Gives a canonical tensor by its name."""
-Done = Callable[[int, list[int]], None]
-_Made = tuple[list[memoryview], list[int]]
+Checksums = list[str]
+"""Of each block of a piece: XXH3, 64 bits."""
+Done = Callable[[int, Checksums], None]
+_Made = tuple[list[memoryview], Checksums]
 """Blocks of bytes, and the checksum of each."""
 
 
@@ -79,20 +81,23 @@ def flush_all(folder: Path) -> None:
                 os.close(handle)
 
 
-def write_file(path: Path, file: OutFile, read: Read, *, skip: Container[int] = (), done: Done | None = None) -> None:
+def write_file(
+    path: Path, file: OutFile, read: Read, *, there: Mapping[int, Checksums] | None = None, done: Done | None = None
+) -> None:
     """Write a planned file, piece by piece; the next one is read while one is written.
 
     Args:
         path: where to; what is there already is kept, and written over.
         file: the plan.
         read: gives canonical tensors.
-        skip: numbers of pieces that are there already.
+        there: the pieces that are there already, by number, with their checksums.
         done: called with a piece's number and its checksums, once it is written.
 
     Raises:
         OSError: the disk is full, or the place cannot be written.
     """
-    todo = [number for number in range(len(file.pieces)) if number not in skip]
+    sums = dict(there or {})
+    todo = [number for number in range(len(file.pieces)) if number not in sums]
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _write_at(handle, file.header, 0)
@@ -100,23 +105,25 @@ def write_file(path: Path, file: OutFile, read: Read, *, skip: Container[int] = 
         with ThreadPoolExecutor(1) as pool:
             following: Future[_Made] | None = None
             for number, after in itertools.zip_longest(todo, todo[1:]):
-                blocks, checksums = (following or pool.submit(_make, file.pieces[number], read)).result()
+                blocks, sums[number] = (following or pool.submit(_make, file.pieces[number], read)).result()
                 following = None if after is None else pool.submit(_make, file.pieces[after], read)
                 for (begin, _), block in zip(file.pieces[number].places, blocks, strict=True):
                     _write_at(handle, block, begin)
                 if done:
-                    done(number, checksums)
+                    done(number, sums[number])
+        if file.seal:
+            _write_at(handle, file.seal([sums[number][0] for number in range(len(file.pieces))]), 0)
     finally:
         os.close(handle)
 
 
-def checksums_of(path: Path, piece: Piece) -> list[int]:
+def checksums_of(path: Path, piece: Piece) -> Checksums:
     """Return the checksums of the bytes where a piece should lie; of those that are there, if the file is shorter."""
     with path.open("rb") as file:
-        sums: list[int] = []
+        sums: Checksums = []
         for begin, end in piece.places:
             file.seek(begin)
-            sums.append(zlib.crc32(file.read(end - begin)))
+            sums.append(xxh3_64_hexdigest(file.read(end - begin)))
     return sums
 
 
@@ -125,7 +132,7 @@ def _make(piece: Piece, read: Read) -> _Made:
     for (begin, end), block in zip(piece.places, blocks, strict=True):
         if len(block) != end - begin:
             raise RuntimeError(f"{piece.canonical}: {len(block)} bytes were made, {end - begin} planned")
-    return blocks, [zlib.crc32(block) for block in blocks]
+    return blocks, [xxh3_64_hexdigest(block) for block in blocks]
 
 
 def _write_at(handle: int, data: bytes | memoryview, begin: int) -> None:

@@ -17,7 +17,7 @@ import octavo
 from octavo.cli.terminal import INTERRUPTED, tell_error
 from octavo.errors import UserError
 
-VERBS = ("chat", "generate", "tensors", "convert", "train")
+VERBS = ("chat", "generate", "tensors", "convert", "quantize", "bench", "train")
 
 
 class _Verbs(click.Group):
@@ -39,11 +39,13 @@ def octavo_command() -> None:
     """Sparse mixture-of-experts language models on the memory you have.
 
     \b
-    octavo chat                     talk to the model that ships with Octavo
-    octavo generate "Who are you?"  one reply on stdout
-    octavo tensors MODEL            list the tensors of a checkpoint, here or on the Hub
-    octavo convert SRC DST --to hf  write a checkpoint in another layout
-    octavo train CONFIG.toml        train a model from scratch
+    octavo chat                        talk to the model that ships with Octavo
+    octavo generate "Who are you?"     one reply on stdout
+    octavo tensors MODEL               list the tensors of a checkpoint, here or on the Hub
+    octavo convert SRC DST --to hf     write a checkpoint in another layout
+    octavo quantize SRC DST --bits 4   write it in 8, 4, 3 or 2 bits, for the CPU
+    octavo bench --shape mixtral-8x7b  measure how fast this machine runs a model
+    octavo train CONFIG.toml           train a model from scratch
     """
 
 

@@ -13,12 +13,18 @@ from octavo.cli.terminal import note
 if TYPE_CHECKING:
     from octavo.convert import Conversion
 
+TARGETS = ("hf", "mistral", "mlx", "gguf")
+
 
 @click.command("convert")
 @click.argument("source")
 @click.argument("target")
 @click.option(
-    "--to", required=True, type=click.Choice(["hf", "mistral", "mlx", "gguf"]), help="The layout to be written."
+    "--to",
+    required=True,
+    type=click.Choice([*TARGETS, "octavo"]),
+    metavar="|".join(TARGETS),  # octavo gets a hint
+    help="The layout to be written.",
 )
 @click.option(
     "--dtype",
@@ -35,7 +41,7 @@ def command(
 
     SOURCE is a folder or file in any layout, a Hub id (read as it is needed, and not kept), or menny. TARGET is a
     folder that does not exist yet; with --to gguf it may be a .gguf file. An interrupted conversion goes on when the
-    same command is given again.
+    same command is given again. What runs fastest on a CPU is written by octavo quantize.
 
     \b
     octavo convert mistralai/Mixtral-8x7B-Instruct-v0.1 mixtral.gguf --to gguf --dtype q4_0
@@ -51,6 +57,11 @@ def command(
         dtype=None if dtype is None else dtype.lower(),
         revision=revision,
     )
+    carry_out(conversion, dry_run=dry_run, as_json=as_json)
+
+
+def carry_out(conversion: Conversion, *, dry_run: bool, as_json: bool) -> None:
+    """Write what is planned, with a progress bar, or only say what would be written."""
     if not dry_run:
         _run(conversion)
     if as_json:
@@ -81,7 +92,8 @@ def _list(conversion: Conversion) -> None:
     for file in conversion.files:
         encodings: dict[str, int] = {}
         for field in file.fields:
-            encodings[field.encoding] = encodings.get(field.encoding, 0) + 1
+            encoding = field.format or field.encoding
+            encodings[encoding] = encodings.get(encoding, 0) + 1
         kinds = ", ".join(f"{count} {encoding}" for encoding, count in sorted(encodings.items()))
         click.echo(f"{file.name}\t{file.size}\t{kinds}")
     for name, data in conversion.companions.items():

@@ -24,6 +24,7 @@ FETCH = "fetch"
 @click.option("--layer", "-l", type=int, metavar="L", help="Only of this layer.")
 @click.option("--expert", "-e", type=int, metavar="E", help="Only of this expert, or what holds it among others.")
 @click.option("--router", is_flag=True, help="Only routers.")
+@click.option("--verify", is_flag=True, help="Of a store: first compare every tensor with its checksum.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
 @click.option("--out", "-o", metavar="FILE", help="Of fetch: where to; by default NAME.safetensors.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit, for a Hub id.")
@@ -32,6 +33,7 @@ def command(
     layer: int | None,
     expert: int | None,
     router: bool,
+    verify: bool,
     as_json: bool,
     out: str | None,
     revision: str | None,
@@ -48,13 +50,17 @@ def command(
     octavo tensors fetch mistralai/Mixtral-8x7B-v0.1 model.layers.0.block_sparse_moe.gate.weight
     """
     if words[0] == FETCH:
-        if len(words) != 3 or router or as_json or (layer, expert) != (None, None):
+        if len(words) != 3 or router or verify or as_json or (layer, expert) != (None, None):
             raise click.UsageError("fetch takes MODEL, NAME, --out and --revision; a folder called fetch is ./fetch")
         _fetch(words[1], words[2], out, revision)
         return
     if len(words) != 1 or out is not None:
         raise click.UsageError("expected one MODEL to list, or: fetch MODEL NAME [-o FILE]")
-    _list(_open(words[0], revision), layer, expert, router=router, as_json=as_json)
+    checkpoint = _open(words[0], revision)
+    if verify:
+        checkpoint.verify()
+        note(f"{checkpoint.location}: every tensor has its checksum")
+    _list(checkpoint, layer, expert, router=router, as_json=as_json)
 
 
 def _open(model: str, revision: str | None) -> Checkpoint:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +51,11 @@ class Entry:
     end: int
 
 
-def read_header(file: ByteFile) -> dict[str, Entry]:
+def read_header(file: ByteFile) -> tuple[dict[str, Entry], Mapping[str, Any]]:
     """Read and check a header: sizes against limits, offsets against shapes and the file.
+
+    Returns:
+        The tensors' places by name, and ``__metadata__``; {} where that is absent or no object.
 
     Raises:
         CheckpointError: the file is truncated, or its header lies.
@@ -70,13 +74,13 @@ def read_header(file: ByteFile) -> dict[str, Entry]:
         raise _broken(file, f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise _broken(file, "its header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     entries = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
     in_order = sorted((entry for entry in entries.values() if entry.info.nbytes), key=lambda entry: entry.begin)
     for before, after in itertools.pairwise(in_order):
         if after.begin < before.end:
             raise _broken(file, f"{before.info.name!r} and {after.info.name!r} overlap")
-    return entries
+    return entries, metadata if isinstance(metadata, dict) else {}
 
 
 def _entry(file: ByteFile, name: str, entry: Any, data_begin: int) -> Entry:
@@ -111,12 +115,18 @@ def _broken(file: ByteFile, why: str) -> CheckpointError:
 
 
 class SafetensorsFile(ListedSource):
-    """The tensors of one safetensors file."""
+    """The tensors of one safetensors file.
+
+    Attributes:
+        file: its bytes.
+        entries: where each tensor lies in it.
+        metadata: what the header says beside them.
+    """
 
     def __init__(self, file: ByteFile) -> None:
         self.location = file.location
-        self._file = file
-        self.entries = read_header(file)
+        self.file = file
+        self.entries, self.metadata = read_header(file)
         self.infos = {name: entry.info for name, entry in self.entries.items()}
 
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
@@ -129,7 +139,7 @@ class SafetensorsFile(ListedSource):
             shape = (last - first, *matrix_shape(info.shape)[1:])
             row_bytes = math.prod(shape[1:]) * info.dtype.itemsize
             begin, end = begin + first * row_bytes, begin + last * row_bytes
-        return as_tensor(self._file.read(begin, end), info.dtype, shape)
+        return as_tensor(self.file.read(begin, end), info.dtype, shape)
 
 
 def as_tensor(data: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -145,16 +155,20 @@ class ShardedSafetensors(TensorSource):
     Args:
         folder: where the shards lie.
         index: the name of the index file there.
+        open_shard: makes a source of a shard's file.
 
     Raises:
         UserError: the index cannot be read, or names a file outside the folder or one that is absent.
     """
 
-    def __init__(self, folder: Folder, index: str) -> None:
+    def __init__(
+        self, folder: Folder, index: str, open_shard: Callable[[ByteFile], TensorSource] = SafetensorsFile
+    ) -> None:
         self.location = folder.location
         self._folder = folder
         self._index = f"{folder.location}/{index}"
-        self._shards: dict[str, SafetensorsFile] = {}
+        self._open_shard = open_shard
+        self._shards: dict[str, TensorSource] = {}
         weight_map = folder.json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(
@@ -201,6 +215,18 @@ class ShardedSafetensors(TensorSource):
 
     def info(self, name: str) -> TensorInfo:
         """Reads the header of the tensor's shard, once."""
+        return self.owner(name).info(name)
+
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        """Reads from the tensor's shard."""
+        return self.owner(name).read(name, rows)
+
+    def owner(self, name: str) -> TensorSource:
+        """Return the shard that holds a tensor.
+
+        Raises:
+            CheckpointError: none does, or it is damaged.
+        """
         if name not in self.weight_map:
             raise self.unknown(name)
         shard = self._shard(self.weight_map[name])
@@ -209,14 +235,9 @@ class ShardedSafetensors(TensorSource):
                 f"{self._index}: tensor {name!r} is not in {self.weight_map[name]!r}, where the index puts it",
                 hint=FETCH_AGAIN,
             )
-        return shard.info(name)
+        return shard
 
-    def read(self, name: str, rows: Rows | None = None) -> Tensor:
-        """Reads from the tensor's shard."""
-        self.info(name)
-        return self._shard(self.weight_map[name]).read(name, rows)
-
-    def _shard(self, name: str) -> SafetensorsFile:
+    def _shard(self, name: str) -> TensorSource:
         if name not in self._shards:
-            self._shards[name] = SafetensorsFile(self._folder.file(name))
+            self._shards[name] = self._open_shard(self._folder.file(name))
         return self._shards[name]

@@ -132,13 +132,18 @@ class MergedSource(TensorSource):
 
     def info(self, name: str) -> TensorInfo:
         """Ask the source that has it."""
-        return self._owner(name).info(name)
+        return self.owner(name).info(name)
 
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
         """Ask the source that has it."""
-        return self._owner(name).read(name, rows)
+        return self.owner(name).read(name, rows)
 
-    def _owner(self, name: str) -> TensorSource:
+    def owner(self, name: str) -> TensorSource:
+        """Return the source that has a tensor.
+
+        Raises:
+            CheckpointError: none has.
+        """
         if name not in self._owners:
             raise self.unknown(name)
         return self._owners[name]
