@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from octavo.cache import KVCache, make_cache
 from octavo.errors import OctavoError, OptionError, PromptError
+from octavo.kernels import torch_on_one_thread
+from octavo.kernels.modules import uses_kernels
 from octavo.model import Mixtral
 from octavo.sampling import History, SamplingParams, TokenLogprobs, make_generator, sample, token_logprobs
 
@@ -83,6 +86,7 @@ class Engine:
         self.model = model
         self.max_batch_size = max_batch_size
         self.prefill_chunk = prefill_chunk
+        self._torch_threads = torch_on_one_thread if uses_kernels(model) else nullcontext
         self._cache: KVCache | None = None
         self._live: dict[int, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()
@@ -164,7 +168,7 @@ class Engine:
         """
         self._stepping = True
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._torch_threads():
                 n_decoding = len(self._running)
                 self._prefill()
                 self._decode(n_decoding)

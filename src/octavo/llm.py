@@ -18,6 +18,7 @@ from octavo.completion import Chunk, Completion, Reply, Request
 from octavo.engine import Engine
 from octavo.errors import CheckpointError, HubError, OptionError, PromptError, TokenizerError
 from octavo.hub import REPO_ID, snapshot
+from octavo.kernels.modules import uses_kernels
 from octavo.load import build_model
 from octavo.model import Mixtral
 from octavo.sampling import SamplingParams
@@ -126,6 +127,7 @@ class LLM:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
+        bits: int | str | None = None,
         max_batch_size: int = 8,
     ) -> LLM:
         """Load a model from where `find_model` finds it.
@@ -137,6 +139,8 @@ class LLM:
                 that a CPU computes faster in it.
             device: "cpu", "cuda", ...; by default a GPU if there is one.
             revision: branch, tag or commit, for a Hub id.
+            bits: 8, 4, 3 or 2 to quantise the weights while loading, which takes minutes for a large model:
+                `octavo quantize` writes a store that opens at once.
             max_batch_size: sequences generated at a time.
 
         Raises:
@@ -146,8 +150,13 @@ class LLM:
         if dtype is None and source == SHIPPED:
             dtype = torch.float32
         tokenizer, eos_ids = checkpoint.tokenizer(), checkpoint.eos_ids
-        model = build_model(checkpoint, dtype=dtype, device=device)
+        model = build_model(checkpoint, dtype=dtype, device=device, bits=bits, kernels=True)
         return cls(model, tokenizer, eos_ids=eos_ids, max_batch_size=max_batch_size)
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether products are computed by `octavo.kernels`, on the CPU."""
+        return uses_kernels(self.model)
 
     @functools.cached_property
     def template(self) -> ChatTemplate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from octavo.args import ModelArgs
 from octavo.checkpoint import Checkpoint, open_checkpoint
 from octavo.errors import OptionError
-from octavo.model import Mixtral
+from octavo.kernels import backend
+from octavo.kernels.modules import KernelExperts, KernelLinear
+from octavo.kernels.ops import Weight
+from octavo.model import Mixtral, MoEFeedForward
+from octavo.quant.formats import FORMATS, Packed
+from octavo.quant.presets import preset
+from octavo.quant.quantize import quantize
 from octavo.tokenizer import Tokenizer
 
 FLOATS = {
@@ -30,16 +38,20 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    bits: int | str | None = None,
 ) -> tuple[Mixtral, Tokenizer | None]:
     """Load a model folder or file in any layout that `octavo.checkpoint.open_checkpoint` reads.
 
     On a CPU and in the checkpoint's own dtype the weights stay memory-mapped where they lie as the model has them.
-    Hugging Face's wq and wk, whose rows are stored in another order, are copied; quantised weights are dequantised.
+    Hugging Face's wq and wk, whose rows are stored in another order, are copied. Weights of a store (`octavo quantize`)
+    are used as they lie there; those that others quantised are dequantised.
 
     Args:
         source: a folder with weights, their configuration and perhaps a tokenizer; a GGUF file; a Hub id.
-        dtype: of weights and computation, a torch dtype or its name; by default the checkpoint's.
-        device: "cpu", "cuda", ...; by default a GPU if there is one.
+        dtype: of computation and of the weights that are not low-bit, a torch dtype or its name; by default the
+            checkpoint's.
+        device: "cpu", "cuda", ...; by default a GPU if there is one, the CPU for low-bit weights.
+        bits: 8, 4, 3 or 2 to quantise while loading, by `octavo.quant.presets`.
 
     Returns:
         The model in evaluation mode, and its tokenizer or None. ``model(ids_BT)`` gives float32 logits [B, T, V].
@@ -48,28 +60,112 @@ def load_model(
         CheckpointError: the folder or a file is absent or damaged, or tensors are unknown, missing or misshapen.
         ConfigError: the configuration lacks a key, or one makes no sense.
         TokenizerError: the tokenizer files are damaged.
-        OptionError: an unknown dtype or device.
+        OptionError: an unknown dtype, device or number of bits, or they do not go together.
         HubError: no such repository, or the Hub cannot be reached.
     """
     checkpoint = open_checkpoint(source)
-    return build_model(checkpoint, dtype=dtype, device=device), checkpoint.tokenizer()
+    return build_model(checkpoint, dtype=dtype, device=device, bits=bits), checkpoint.tokenizer()
 
 
 def build_model(
-    checkpoint: Checkpoint, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    bits: int | str | None = None,
+    kernels: bool = False,
 ) -> Mixtral:
-    """Make a model of a checkpoint's tensors; see `load_model`."""
-    wanted, place = parse_dtype(dtype), _device(device)
+    """Make a model of a checkpoint's tensors; see `load_model`.
+
+    Args:
+        checkpoint: any.
+        dtype: see `load_model`.
+        device: see `load_model`.
+        bits: see `load_model`.
+        kernels: on a CPU, compute with bfloat16 weights by Octavo's kernels too. The model then has no parameters
+            for them, and cannot be trained or moved.
+    """
+    wanted = parse_dtype(dtype)
     checkpoint.check()
-    with torch.device("meta"), _NoInit():
-        model = Mixtral(checkpoint.args)
+    weights = _Weights(checkpoint, bits)
+    place = _device("cpu" if weights.low_bit and device is None else device)
+    if weights.low_bit and place.type != "cpu":
+        raise OptionError(f"device is {str(device)!r}; low-bit weights are computed with on the CPU", hint="use cpu")
     # The checkpoint's dtype is its embedding's; tensors stored otherwise are converted to it.
     wanted = wanted or checkpoint.info("tok_embeddings.weight").dtype
+
+    def plain(name: str) -> Tensor:
+        return _aligned(checkpoint.read(name).to(device=place, dtype=wanted).contiguous())
+
+    def weight(name: str) -> Weight:
+        packed = weights.packed(name)
+        return plain(name) if packed is None else packed
+
+    kernels = kernels and place.type == "cpu" and wanted == torch.bfloat16 and backend().compiled
+    return assemble(checkpoint.args, plain, weight if kernels or weights.low_bit else None)
+
+
+def assemble(args: ModelArgs, plain: Callable[[str], Tensor], weight: Callable[[str], Weight] | None = None) -> Mixtral:
+    """Put a model together.
+
+    Args:
+        args: its shape.
+        plain: gives a parameter by its canonical name.
+        weight: gives a matrix for `octavo.kernels` by its canonical name: of attention, experts and output. By default
+            they are parameters like the others.
+
+    Returns:
+        The model in evaluation mode.
+    """
+    with torch.device("meta"), _NoInit():
+        model = Mixtral(args)
+    if weight is not None:
+        _use_kernels(model, weight)
     with torch.no_grad():
         for name in dict(model.named_parameters()):  # tied parameters appear once
-            _assign(model, name, _aligned(checkpoint.read(name).to(device=place, dtype=wanted).contiguous()))
+            _assign(model, name, plain(name))
         model.tie()
     return model.eval().requires_grad_(False)
+
+
+class _Weights:
+    """The low-bit matrices: a store's own, or those of a preset, made when they are asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, bits: int | str | None) -> None:
+        self._checkpoint = checkpoint
+        self._store = checkpoint.is_store
+        if self._store:
+            if bits is not None:
+                raise OptionError(
+                    f"bits is {bits}; {checkpoint.location} is a store, which has its own precision",
+                    hint="leave the option out, or quantise the original weights again",
+                )
+            checkpoint.verify()
+        self._formats = {} if bits is None else preset(bits, checkpoint.names())
+        self.low_bit = self._store or bits is not None
+
+    def packed(self, name: str) -> Packed | None:
+        """One matrix, or None if it is kept as it is."""
+        if self._store:
+            return self._checkpoint.packed(name)
+        chosen = self._formats.get(name)
+        return None if chosen is None else quantize(self._checkpoint.read(name), FORMATS[chosen])
+
+
+def _use_kernels(model: Mixtral, weight: Callable[[str], Weight]) -> None:
+    """Put modules of kernels in the places of matrices and experts; routers, norms and embedding stay."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, MoEFeedForward):
+            count = model.args.moe.num_experts if model.args.moe else 0
+            experts = [f"{path}.experts.{e}" for e in range(count)]
+            w1, w3, w2 = ([weight(f"{expert}.{w}.weight") for expert in experts] for w in ("w1", "w3", "w2"))
+            module.experts = KernelExperts(list(zip(w1, w3, w2, strict=True)))
+        elif (
+            isinstance(module, nn.Linear)
+            and ".experts." not in path
+            and not (path == "output" and model.args.tie_embeddings)
+        ):
+            model.set_submodule(path, KernelLinear(weight(f"{path}.weight")))
 
 
 class _NoInit(TorchFunctionMode):

@@ -1,8 +1,8 @@
 """Mixtral, read from top to bottom: a decoder whose feed-forward block is a router and a few of many experts.
 
-Shape suffixes: B batch, T tokens, D dim, H heads, G key-value heads, K head_dim (in attention) or experts chosen
-per token (in routing), S slots of the cache, F hidden_dim, E experts, V vocabulary. After the attention the batch no
-longer matters, so routing works on x_TD with B and T flattened into T.
+Shape suffixes: B batch, T tokens, D dim, H heads, G key-value heads, R heads that share one of these, K head_dim (in
+attention) or experts chosen per token (in routing), S slots of the cache, F hidden_dim, E experts, V vocabulary. After
+the attention the batch no longer matters, so routing works on x_TD with B and T flattened into T.
 
 Sources: Jiang et al., "Mixtral of Experts" (arXiv 2401.04088); Jiang et al., "Mistral 7B" (arXiv 2310.06825).
 Parameter names are the authors' own, and so is the interleaved order of rotary pairs.
@@ -70,15 +70,19 @@ class Attention(nn.Module):
         k_BTGK = rotate(self.wk(x_BTD).unflatten(-1, heads), rotation)
         v_BTGK = self.wv(x_BTD).unflatten(-1, heads)
         k_BGSK, v_BGSK = step.update(layer, k_BTGK, v_BTGK)
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BTHK.transpose(1, 2),
-            k_BGSK,
-            v_BGSK,
-            attn_mask=step.mask,
-            is_causal=step.causal,
-            enable_gqa=self.args.n_heads != self.args.n_kv_heads,
-        )
-        out: Tensor = self.wo(y_BHTK.transpose(1, 2).flatten(-2))
+        if x_BTD.shape[1] == 1:  # the heads that share keys become rows of one head, so that keys are not repeated
+            q_BGRK = q_BTHK.view(q_BTHK.shape[0], self.args.n_kv_heads, -1, self.args.head_dim)
+            y_BTHK = F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, attn_mask=step.mask).reshape(q_BTHK.shape)
+        else:
+            y_BTHK = F.scaled_dot_product_attention(
+                q_BTHK.transpose(1, 2),
+                k_BGSK,
+                v_BGSK,
+                attn_mask=step.mask,
+                is_causal=step.causal,
+                enable_gqa=self.args.n_heads != self.args.n_kv_heads,
+            ).transpose(1, 2)
+        out: Tensor = self.wo(y_BTHK.flatten(-2))
         return out
 
 

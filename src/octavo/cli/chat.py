@@ -44,6 +44,7 @@ def command(
     model: str | None,
     dtype: str | None,
     device: str | None,
+    bits: str | None,
     persona: str | None,
     system: str | None,
     pairs: tuple[str, ...],
@@ -61,7 +62,7 @@ def command(
     options = parse_pairs(pairs)
     speaker = choose_persona(persona, model)
     sampling(speaker, options)  # what is misspelt should not wait for the model
-    llm = load(model, dtype, device)
+    llm = load(model, dtype, device, bits)
     from octavo.cli.conversation import Conversation
     from octavo.llm import SHIPPED
 

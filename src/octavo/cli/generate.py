@@ -27,6 +27,7 @@ def command(
     model: str | None,
     dtype: str | None,
     device: str | None,
+    bits: str | None,
     persona: str | None,
     system: str | None,
     pairs: tuple[str, ...],
@@ -52,7 +53,7 @@ def command(
     params = sampling(speaker, parse_pairs(pairs))
     if not as_json:
         _check_plain(params)
-    llm = load(model, dtype, device)
+    llm = load(model, dtype, device, bits)
     if not raw and not (speaker or system is not None or converses(llm)):
         note("the model has no chat template: PROMPT is completed as plain text (--raw says so silently)")
         raw = True

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from octavo.cli.terminal import note
 from octavo.errors import OptionError, TokenizerError
 
 if TYPE_CHECKING:
@@ -17,14 +18,19 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 NO_PERSONA = "none"
+BITS = ("8", "4", "3", "2")
+SHAPE_BITS = ("16", *BITS)
 # Active parameters up to which one thread does all: the matrices are too small to share out, the other threads would
 # only spin at every operation's end, and on a busy machine the first one would wait for them (20 times slower).
 SMALL = 50_000_000
 
 
 def model_options(command: F) -> F:
-    """--model, --dtype, --device."""
+    """--model, --dtype, --device, --bits."""
     for decorate in (
+        click.option(
+            "--bits", type=click.Choice(BITS), metavar="N", help="8, 4, 3 or 2: quantise the weights while loading."
+        ),
         click.option("--device", metavar="DEVICE", help="cpu, cuda, ...; by default a GPU if there is one."),
         click.option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; by default the weights' own."),
         click.option(
@@ -93,16 +99,17 @@ def sampling(persona: Persona | None, options: dict[str, str]) -> SamplingParams
     return SamplingParams.from_options(options, base)
 
 
-def load(model: str | None, dtype: str | None, device: str | None) -> LLM:
-    """Load the model a name stands for, by default the one that ships.
+def load(model: str | None, dtype: str | None, device: str | None, bits: str | None = None) -> LLM:
+    """Load the model a name stands for, by default the one that ships; where kernels compute, say which.
 
     Raises:
         UserError: see `octavo.llm.LLM.load`.
     """
+    from octavo.kernels import backend, set_threads
     from octavo.llm import LLM, SHIPPED
 
     name = SHIPPED if model is None else model
-    llm = LLM.load(name, dtype=dtype, device=device)
+    llm = LLM.load(name, dtype=dtype, device=device, bits=bits)
     if llm.tokenizer is None:
         raise TokenizerError(
             f"{name}: holds no tokenizer, and text needs one", hint="put tokenizer.model or tokenizer.json into it"
@@ -111,6 +118,9 @@ def load(model: str | None, dtype: str | None, device: str | None) -> LLM:
         import torch
 
         torch.set_num_threads(1)
+        set_threads(1)
+    if llm.uses_kernels:
+        note(str(backend()))
     return llm
 
 
