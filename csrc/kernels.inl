@@ -326,6 +326,18 @@ static void tile_p(const Span* span, int n, Tile x, const uint8_t* at, float* y,
     }
 }
 
+// Asks for a share of the next span's bytes while this one is computed with, so that they are there in time.
+template <Format F, int P>
+static INLINE void prefetch_share(const uint8_t* const* panels, int64_t first, int64_t n_units, int64_t i, int64_t n) {
+    const int64_t units = n_units - first < kSpanUnits ? n_units - first : kSpanUnits;
+    if (units <= 0) return;
+    const int64_t begin = Place<F>(panels[0], first).scales - panels[0];
+    const int64_t lines = ceil_div(units * kUnit * block_bytes(F) / block_cols(F), 64);
+    for (int64_t line = lines * i / n; line < lines * (i + 1) / n; ++line) {
+        for (int p = 0; p < P; ++p) __builtin_prefetch(panels[p] + begin + 64 * line, 0, 2);
+    }
+}
+
 template <Format F, int P>
 static void many_p(const uint8_t* const* panels, int64_t n_units, const Tile* tiles, int64_t n_tiles, float* y,
                    int64_t stride, Span* span) {
@@ -335,6 +347,7 @@ static void many_p(const uint8_t* const* panels, int64_t n_units, const Tile* ti
         float* to = y;
         for (int64_t i = 0; i < n_tiles; ++i) {
             const Tile tile = tiles[i];
+            prefetch_share<F, P>(panels, first + n, n_units, i, n_tiles);
             tile_p<F, P>(span, n, tile, tile.data + first * unit_bytes(tile.tokens), to, stride, first == 0);
             to += tile.tokens * stride;
         }
