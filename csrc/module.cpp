@@ -54,7 +54,10 @@ NB_MODULE(_native, m) {
         moe(rows(bf16, x, T, D), chosen, reinterpret_cast<const float*>(weights), K, experts.list, rows(bf16, y, T, D));
     });
 
-    m.def("set_threads", &set_threads);
+    m.def("set_threads", [](int n) {
+        nb::gil_scoped_release unlocked;  // it waits for a running operation
+        set_threads(n);
+    });
     m.def("threads", &threads);
     m.def("available", &available_kernels);
     m.def("choose", &choose_kernels);

@@ -8,6 +8,7 @@ namespace octavo {
 namespace {
 
 constexpr int64_t kHiddenChunk = kUnit;  // hidden columns of a task: those that share a scale when quantised again
+constexpr int64_t kDownPanels = 8;  // of a task: an expert's hidden activations are read once for all of them
 constexpr int64_t kTokensAtATime = 1024;
 
 // The tokens that chose one expert, and their activations before w1, w3 and w2.
@@ -95,15 +96,19 @@ void gate_and_up(std::vector<Share>& shares, Workspace& space) {
 
 // The weighted sum of w2 h: a task owns some columns of every token.
 void down(const std::vector<Share>& shares, int64_t T, Rows y, int64_t begin, Workspace& space) {
-    const int64_t panels = ceil_div(y.cols, kPanelRows), chunk = T > kDirectTokens ? kMaxPanels : 1;
+    const int64_t panels = ceil_div(y.cols, kPanelRows), chunk = T > kDirectTokens ? kDownPanels : 1;
     parallel(ceil_div(panels, chunk), [&](int64_t task, int thread) {
-        const int64_t p = task * chunk, first = p * kPanelRows;
-        const int n = int(std::min(chunk, panels - p));
-        const int64_t width = n * kPanelRows, cols = std::min(width, y.cols - first);
+        const int64_t begin_panel = task * chunk, first = begin_panel * kPanelRows;
+        const int64_t end = std::min(panels, begin_panel + chunk);
+        const int64_t width = (end - begin_panel) * kPanelRows, cols = std::min(width, y.cols - first);
         float *sum = space.floats(thread), *part = sum + T * width;
         std::fill(sum, part, 0.0f);
         for (const Share& share : shares) {
-            share.hidden->times(share.expert->w2, p, n, part, width, space.span(thread));
+            for (int64_t p = begin_panel; p < end; p += kMaxPanels) {
+                const int n = int(std::min<int64_t>(kMaxPanels, end - p));
+                float* to = part + (p - begin_panel) * kPanelRows;
+                share.hidden->times(share.expert->w2, p, n, to, width, space.span(thread));
+            }
             for (size_t i = 0; i < share.tokens.size(); ++i) {
                 float* to = sum + share.tokens[i] * width;
                 const float* from = part + int64_t(i) * width;
@@ -122,7 +127,7 @@ void moe(Rows x, const int64_t* ids, const float* weights, int64_t K, const std:
         const int64_t T = std::min(kTokensAtATime, x.count - begin);
         arena().reset();
         std::vector<Share> shares = shares_of(ids + begin * K, weights + begin * K, T, K, experts);
-        Workspace space(2 * T * kHiddenChunk, T > kDirectTokens);
+        Workspace space(2 * T * std::max(kHiddenChunk, kDownPanels * kPanelRows), T > kDirectTokens);
         prepare(shares, x, begin, T);
         gate_and_up(shares, space);
         down(shares, T, y, begin, space);

@@ -13,11 +13,15 @@ from octavo.quant.quantize import dequantize
 
 GROUP = 64
 """Columns of a token's activations that share a scale."""
+TINY = 1e-36
+"""Smaller activations count as zeros: the inverse of their scale would not be finite."""
 Weight = Packed | Tensor
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round activations to int8: scale = max|x| / 127 of 64 columns, q = round-half-even(x * (127 / max|x|)).
+
+    A group with a NaN or an infinity has the scale NaN, and spoils its token.
 
     Args:
         x: float32 [..., cols].
@@ -28,7 +32,8 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     padded = F.pad(x, (0, -x.shape[-1] % GROUP))
     groups = padded.view(*x.shape[:-1], padded.shape[-1] // GROUP, GROUP)
     most = groups.abs().amax(-1)
-    inverse = torch.where(most > 0, 127.0 / most, 0.0)
+    inverse = torch.where(most >= TINY, 127.0 / most, 0.0)
+    most = torch.where(most.isinf(), torch.nan, most)
     return (groups * inverse[..., None]).round().clamp(-127, 127).to(torch.int8), most / 127.0
 
 
