@@ -5,6 +5,9 @@
 
 namespace octavo {
 
+constexpr int64_t kTokensAtATime = 1024;  // in an operation, so that the results of a task stay in the cache
+constexpr int64_t kPairRows = kMaxPanels * kPanelRows;
+
 // Memory that is kept from call to call, so that large activations do not fault in their pages every time.
 class Arena {
   public:

@@ -101,7 +101,7 @@ struct Codes<Format::q2> {
         for (int g = 0; g < 2; ++g) {  // bits 2i, 2i + 1 of the scale: book of lots 4i to 4i + 3
             Lot select = Isa::low_bytes(scales + 32 * g);
             if constexpr (!Isa::kWideLookup) select = Isa::merge(select, Isa::template shl<4>(select), 0x0f);
-        UNROLL(2)
+            UNROLL(2)
             for (int i = 0; i < 2; ++i, codes += kLotBytes) {
                 const Lot v = Isa::load(codes);
                 const int lot = 8 * g + 4 * i;
@@ -187,20 +187,20 @@ static void direct_t(const uint8_t* panel, int64_t n_units, const uint8_t* x, fl
         Vec part[T];
         Codes<F>::unpack(at.codes, at.scales, book, [&](int group, int lot, Lot w) INLINE_LAMBDA {
             if (lot % kLots == 0) {
-        UNROLL(8)
+                UNROLL(8)
                 for (int t = 0; t < T; ++t) {
                     sums[t][0] = unit.template start<F>(t, group);
                     if constexpr (kSums == 2) sums[t][1] = Isa::sum(0);
                 }
             }
-        UNROLL(8)
+            UNROLL(8)
             for (int t = 0; t < T; ++t) {
                 Sum& s = sums[t][lot % kSums];
                 s = Isa::template dot<F>(s, w, unit.lot(t, lot));
             }
             if (lot % kLots == kLots - 1) {
                 const Vec scale = Isa::scales(at.scales + 32 * group, Codes<F>::kScaleMask);
-        UNROLL(8)
+                UNROLL(8)
                 for (int t = 0; t < T; ++t) {
                     Sum s = sums[t][0];
                     if constexpr (kSums == 2) s = Isa::add(s, sums[t][1]);
@@ -263,7 +263,7 @@ template <Format F, int P, int T>
 static void tile_t(const Span* span, int n, const uint8_t* x, float* y, int64_t stride, bool fresh) {
     constexpr int G = Codes<F>::kGroups, kLots = kUnitLots / G;
     Vec out[T][P];
-        UNROLL(8)
+    UNROLL(8)
     for (int t = 0; t < T; ++t)
         UNROLL(2)
         for (int p = 0; p < P; ++p) out[t][p] = fresh ? Isa::vec(0.0f) : Isa::load_vec(y + t * stride + 16 * p);
@@ -275,26 +275,26 @@ static void tile_t(const Span* span, int n, const uint8_t* x, float* y, int64_t 
         UNROLL(2)
         for (int g = 0; g < G; ++g, scales += P * kPanelRows) {
             Sum sums[T][P];
-        UNROLL(8)
+            UNROLL(8)
             for (int t = 0; t < T; ++t)
-        UNROLL(2)
+                UNROLL(2)
                 for (int p = 0; p < P; ++p) sums[t][p] = unit.template start<F>(t, g);
-        UNROLL(4)
+            UNROLL(4)
             for (int i = 0; i < kLots; ++i, lots += P * kLotBytes) {
                 Lot w[P];
-        UNROLL(2)
+                UNROLL(2)
                 for (int p = 0; p < P; ++p) w[p] = Isa::load(lots + p * kLotBytes);
-        UNROLL(8)
+                UNROLL(8)
                 for (int t = 0; t < T; ++t) {
                     const auto four = Isa::broadcast(unit.lot(t, g * kLots + i));
-        UNROLL(2)
+                    UNROLL(2)
                     for (int p = 0; p < P; ++p) sums[t][p] = Isa::template dot<F>(sums[t][p], w[p], four);
                 }
             }
-        UNROLL(2)
+            UNROLL(2)
             for (int p = 0; p < P; ++p) {
                 const Vec scale = Isa::load_vec(scales + p * kPanelRows);
-        UNROLL(8)
+                UNROLL(8)
                 for (int t = 0; t < T; ++t) {
                     const Vec f = Isa::to_float(sums[t][p]);
                     part[t][p] = g == 0 ? Isa::mul(f, scale) : Isa::fma(f, scale, part[t][p]);
@@ -304,11 +304,11 @@ static void tile_t(const Span* span, int n, const uint8_t* x, float* y, int64_t 
         UNROLL(8)
         for (int t = 0; t < T; ++t) {
             const Vec scale = Isa::vec(unit.scale(t));
-        UNROLL(2)
+            UNROLL(2)
             for (int p = 0; p < P; ++p) out[t][p] = Isa::fma(part[t][p], scale, out[t][p]);
         }
     }
-        UNROLL(8)
+    UNROLL(8)
     for (int t = 0; t < T; ++t)
         UNROLL(2)
         for (int p = 0; p < P; ++p) Isa::store(y + t * stride + 16 * p, out[t][p]);
@@ -435,7 +435,7 @@ static void silu_mul(const float* a, const float* b, float* h, int64_t n) {
 template <int R, int T>
 static INLINE void bf16_t(const uint16_t* w, int64_t cols, const uint16_t* const* x, float* y) {
     Isa::Dot sums[R][T];
-        UNROLL(4)
+    UNROLL(4)
     for (int r = 0; r < R; ++r)
         UNROLL(4)
         for (int t = 0; t < T; ++t) sums[r][t] = Isa::bf16_zero();
@@ -448,7 +448,7 @@ static INLINE void bf16_t(const uint16_t* w, int64_t cols, const uint16_t* const
         for (int r = 0; r < R; ++r) {
             const Isa::Half row = Isa::load_half(w + r * cols + k);
             __builtin_prefetch(w + r * cols + k + 512);
-        UNROLL(4)
+            UNROLL(4)
             for (int t = 0; t < T; ++t) sums[r][t] = Isa::bf16_dot(sums[r][t], row, v[t]);
         }
     }
@@ -508,14 +508,14 @@ static uint64_t dot_peak(int64_t rounds, int32_t* sink) {
     const Lot w = Isa::load(bytes);
     auto x = Isa::broadcast(bytes);
     Sum sums[kChains];
-        UNROLL(16)
+    UNROLL(16)
     for (int i = 0; i < kChains; ++i) sums[i] = Isa::sum(i);
     for (int64_t round = 0; round < rounds; ++round) {
         __asm__ volatile("" : "+m"(bytes));
         UNROLL(16)
         for (int i = 0; i < kChains; ++i) sums[i] = Isa::template dot<Format::q4>(sums[i], w, x);
     }
-        UNROLL(16)
+    UNROLL(16)
     for (int i = 1; i < kChains; ++i) sums[0] = Isa::add(sums[0], sums[i]);
     int32_t lanes[16];
     Isa::store_sum(lanes, sums[0]);

@@ -7,7 +7,6 @@ namespace octavo {
 namespace {
 
 constexpr int64_t kTaskBytes = 128 << 10;  // of weights: long enough to stream, short enough to share out evenly
-constexpr int64_t kTokensAtATime = 1024;   // so that a panel's results stay in the cache
 
 }  // namespace
 
@@ -17,7 +16,7 @@ void linear(Rows x, const Matrix& w, Rows y) {
         const int64_t tokens = std::min(kTokensAtATime, x.count - begin);
         arena().reset();
         const bool many = tokens > kDirectTokens;
-        Workspace space(tokens * kMaxPanels * kPanelRows, many);
+        Workspace space(tokens * kPairRows, many);
         Activations in(w.format, tokens, w.cols);
         const auto fill = [&](int64_t t, int) { in.set_row(t, x, begin + t); };
         if (many) {
@@ -35,8 +34,8 @@ void linear(Rows x, const Matrix& w, Rows y) {
             for (int64_t p = task * chunk; p < end; p += kMaxPanels) {
                 const int n = int(std::min<int64_t>(kMaxPanels, end - p));
                 const int64_t row = p * kPanelRows, rows = std::min<int64_t>(n * kPanelRows, w.rows - row);
-                in.times(w, p, n, out, 32, space.span(thread));
-                for (int64_t t = 0; t < tokens; ++t) store_row(y, begin + t, row, out + t * 32, rows);
+                in.times(w, p, n, out, kPairRows, space.span(thread));
+                for (int64_t t = 0; t < tokens; ++t) store_row(y, begin + t, row, out + t * kPairRows, rows);
             }
         });
     }

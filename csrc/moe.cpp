@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t kHiddenChunk = kUnit;  // hidden columns of a task: those that share a scale when quantised again
 constexpr int64_t kDownPanels = 8;  // of a task: an expert's hidden activations are read once for all of them
-constexpr int64_t kTokensAtATime = 1024;
 
 // The tokens that chose one expert, and their activations before w1, w3 and w2.
 struct Share {

@@ -149,7 +149,7 @@ class _Weights:
         if self._store:
             return self._checkpoint.packed(name)
         chosen = self._formats.get(name)
-        return None if chosen is None else quantize(self._checkpoint.read(name), FORMATS[chosen])
+        return None if chosen is None else quantize(self._checkpoint.read(name), FORMATS[chosen], name=name)
 
 
 def _use_kernels(model: Mixtral, weight: Callable[[str], Weight]) -> None:

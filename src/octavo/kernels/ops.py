@@ -11,10 +11,10 @@ from torch import Tensor
 from octavo.errors import OptionError
 from octavo.kernels import reference
 from octavo.kernels.backend import native
+from octavo.kernels.reference import Weight
 from octavo.quant.formats import Packed
 
-Weight = Packed | Tensor
-"""A low-bit matrix, or a bfloat16 one [rows, cols]."""
+__all__ = ["ExpertSet", "Matrix", "Weight", "dot_peak", "linear", "moe", "read_bandwidth"]
 
 
 class Matrix:

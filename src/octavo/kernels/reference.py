@@ -16,6 +16,7 @@ GROUP = 64
 TINY = 1e-36
 """Smaller activations count as zeros: the inverse of their scale would not be finite."""
 Weight = Packed | Tensor
+"""A low-bit matrix, or a bfloat16 one [rows, cols]."""
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
