@@ -9,12 +9,15 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from octavo.convert import Conversion, plan_conversion, plan_quantization
 from octavo.errors import UserError
+from run_octavo import command
 
 SHARD = 200_000  # bytes, so that a small model has many files
 JOURNAL = "journal.jsonl"
@@ -105,3 +108,18 @@ def memory(key: str) -> int:
     """A size of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def start(verb: str, *args: object, **more: Any) -> subprocess.Popen[str]:
+    """`octavo VERB args` in a process of its own, on pipes."""
+    more = {"env": os.environ | {"OMP_NUM_THREADS": "1"}} | more
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(verb, *args), stdout=pipe, stderr=pipe, text=True, **more)
+
+
+def wait_for_pieces(beside: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Until the journal has so many lines, or the process has ended."""
+    journal = beside / JOURNAL
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > count):
+        time.sleep(0.0005)
+    assert process.poll() is None, process.communicate()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conversions import JOURNAL, contents, convert_and_measure, in_process, written
+from conversions import JOURNAL, contents, convert_and_measure, in_process, start, wait_for_pieces, written
 from hub_server import HubServer
 from octavo.args import ModelArgs, MoEArgs
 from octavo.checkpoint import open_checkpoint
 from octavo.checkpoint.names import HF_FUSED, stored_tensors
 from octavo.convert import plan_conversion
 from octavo.load import load_model
-from run_octavo import command, refused, run, terminal
+from run_octavo import refused, run, terminal
 from tiny_folder import make_tiny_folder
 
 MIB = 1 << 20
@@ -59,21 +56,6 @@ def numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def start(*args: object, **more: Any) -> subprocess.Popen[str]:
-    """`octavo convert args` in a process of its own, on pipes."""
-    more = {"env": os.environ | {"OMP_NUM_THREADS": "1"}} | more
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command("convert", *args), stdout=pipe, stderr=pipe, text=True, **more)
-
-
-def wait_for_pieces(beside: Path, count: int, process: subprocess.Popen[str]) -> None:
-    """Until the journal has so many lines, or the process has ended."""
-    journal = beside / JOURNAL
-    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > count):
-        time.sleep(0.0005)
-    assert process.poll() is None, process.communicate()
-
-
 # ---------------------------------------- killed and interrupted
 
 
@@ -84,7 +66,7 @@ def test_killed_at_any_moment_it_goes_on(source: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
     done = 0
     for _ in range(3):
-        process = start(source, target, "--to", "gguf", "--dtype", "q8_0")
+        process = start("convert", source, target, "--to", "gguf", "--dtype", "q8_0")
         wait_for_pieces(conversion.beside, done + rng.randrange(1, 30), process)
         process.kill()
         process.communicate()
@@ -98,7 +80,7 @@ def test_killed_at_any_moment_it_goes_on(source: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_on_a_pipe(large: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
-    process = start(large, target, "--to", "mlx", "--dtype", "q4")
+    process = start("convert", large, target, "--to", "mlx", "--dtype", "q4")
     wait_for_pieces(tmp_path / ".target.converting", 3, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -136,7 +118,7 @@ def test_the_bar_is_gone_in_the_end(source: Path, tmp_path: Path) -> None:
 
 
 def test_pipes_get_the_target_and_nothing_else(source: Path, tmp_path: Path) -> None:
-    out, err = start(source, "target", "--to", "mistral", cwd=tmp_path).communicate(timeout=120)
+    out, err = start("convert", source, "target", "--to", "mistral", cwd=tmp_path).communicate(timeout=120)
     assert (out, err) == ("target\n", "")
     load_model(tmp_path / "target")
 
@@ -217,12 +199,12 @@ def test_a_repository_is_streamed_and_not_kept(source: Path, tmp_path: Path) -> 
     target, home = tmp_path / "target", tmp_path / "home"
     with HubServer({"org/tiny": tmp_path / "shards"}) as hub:
         env = hub.environment(home)
-        process = start("org/tiny", target, "--to", "mistral", env=env)
+        process = start("convert", "org/tiny", target, "--to", "mistral", env=env)
         wait_for_pieces(tmp_path / ".target.converting", 60, process)
         process.kill()
         process.communicate()
         assert hub.sent("*.safetensors") < weights
-        out, err = start("org/tiny", target, "--to", "mistral", env=env).communicate(timeout=120)
+        out, err = start("convert", "org/tiny", target, "--to", "mistral", env=env).communicate(timeout=120)
         assert (out, err) == (f"{target}\n", "")
         assert weights <= hub.sent("*.safetensors") <= weights + headers + 100_000  # one tensor was under way
     assert size_of(home) < 200_000

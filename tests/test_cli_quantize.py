@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from conversions import JOURNAL, contents, convert_and_measure, in_process, written
+from conversions import contents, convert_and_measure, in_process, start, wait_for_pieces, written
 from hub_server import HubServer
 from octavo.args import ModelArgs, MoEArgs
 from octavo.checkpoint import open_checkpoint
@@ -52,21 +50,6 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "config.json").write_text(json.dumps(LARGE.to_hf()))
     return folder
-
-
-def start(*args: object, **more: Any) -> subprocess.Popen[str]:
-    """`octavo quantize args` in a process of its own, on pipes."""
-    more = {"env": os.environ | {"OMP_NUM_THREADS": "1"}} | more
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command("quantize", *args), stdout=pipe, stderr=pipe, text=True, **more)
-
-
-def wait_for_pieces(beside: Path, count: int, process: subprocess.Popen[str]) -> None:
-    """Until the journal has so many lines, or the process has ended."""
-    journal = beside / JOURNAL
-    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > count):
-        time.sleep(0.0005)
-    assert process.poll() is None, process.communicate()
 
 
 def of_preset(target: Path) -> dict[str, int]:
@@ -125,7 +108,7 @@ def test_a_dry_run_writes_nothing_and_tells_all(source: Path, tmp_path: Path) ->
 
 def test_ctrl_c_on_a_pipe_and_on_again(source: Path, tmp_path: Path) -> None:
     target, beside = tmp_path / "target", tmp_path / ".target.converting"
-    process = start(source, target, "--bits", "2")
+    process = start("quantize", source, target, "--bits", "2")
     wait_for_pieces(beside, 5, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -203,7 +186,9 @@ def test_from_and_on_the_hub(source: Path, tmp_path: Path) -> None:
     )
     with HubServer({"org/tiny": source, "org/store": tmp_path / "whole"}) as hub:
         env = hub.environment(tmp_path / "home", OMP_NUM_THREADS="1")
-        out, err = start("org/tiny", tmp_path / "far", "--bits", "4", "--method", "rtn", env=env).communicate()
+        out, err = start(
+            "quantize", "org/tiny", tmp_path / "far", "--bits", "4", "--method", "rtn", env=env
+        ).communicate()
         assert (out, err) == (f"{tmp_path}/far\n", "")
         before = hub.sent("*.safetensors")
         far = subprocess.run(

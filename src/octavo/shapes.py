@@ -35,6 +35,8 @@ def shape(name: str, n_layers: int | None = None) -> ModelArgs:
         ConfigError: the number of layers is not positive.
     """
     if name not in SHAPES:
-        raise OptionError(f"shape is {name!r}; expected one of {', '.join(SHAPES)}")
+        raise OptionError(
+            f"shape is {name!r}; expected one of {', '.join(SHAPES)}", hint="a folder or Hub id is given with --model"
+        )
     args = SHAPES[name]
     return args if n_layers is None else dataclasses.replace(args, n_layers=n_layers)
