@@ -130,7 +130,10 @@ def dot_peak(seconds: float = 0.2) -> float:
 def _compiled() -> ModuleType:
     module = native()
     if module is None:
-        raise OptionError("the machine's limits are measured by compiled kernels, and there are none here")
+        raise OptionError(
+            "the machine's limits are measured by compiled kernels, and there are none here",
+            hint="install a C++ compiler, then Octavo again",
+        )
     return module
 
 
