@@ -5,7 +5,8 @@ after another by the real engine, with a timer around every part; a part's time 
 within. Steps with and without timers take turns in stretches, and the difference is what the timers cost. Medians over
 the steps. Prints a table and writes benchmarks/results/decode_profile.json.
 
-"Kernels" are the compiled functions alone: what Python does to call them counts as outside.
+"Kernels" are the products with weights alone: what compiled blocks do besides, and what Python does to call them,
+counts as outside.
 """
 
 from __future__ import annotations
@@ -29,20 +30,24 @@ import torch
 from torch import nn
 
 import octavo.cache
+import octavo.compiled
 import octavo.engine
 import octavo.model
 from octavo.bench.synthetic import synthetic_model
+from octavo.compiled import KernelBlock, KernelNorm
 from octavo.engine import Engine
 from octavo.kernels import backend, threads
 from octavo.kernels.backend import native
-from octavo.kernels.modules import KernelExperts, KernelLinear
-from octavo.model import Attention, Mixtral, MoEFeedForward, RMSNorm, Router, TransformerBlock
+from octavo.kernels.block import Block
+from octavo.kernels.modules import KernelLinear
+from octavo.kernels.ops import spent
+from octavo.model import Mixtral
 from octavo.sampling import SamplingParams
 from octavo.shapes import shape
 
 RESULTS = Path(__file__).parent / "results" / "decode_profile.json"
 STRETCH = 8  # steps
-KERNELS = ("kernel: linear", "kernel: experts")
+PRODUCTS = "products with weights"
 
 
 def parts() -> list[tuple[str, Any, str]]:
@@ -50,27 +55,18 @@ def parts() -> list[tuple[str, Any, str]]:
     kernels = native()
     if kernels is None:
         raise SystemExit("there are no compiled kernels here")
-    model = octavo.model
-    cache_steps = [
-        value for value in vars(octavo.cache).values() if isinstance(value, type) and "update" in vars(value)
-    ]
     return [
-        (KERNELS[0], kernels, "linear"),
-        (KERNELS[1], kernels, "moe"),
-        ("calling the kernels", KernelLinear, "forward"),
-        ("calling the kernels", KernelExperts, "forward"),
+        ("compiled blocks, the rest", kernels, "block"),
+        ("head, norm and Python around their products", kernels, "linear"),
+        ("head, norm and Python around their products", KernelLinear, "forward"),
+        ("head, norm and Python around their products", KernelNorm, "forward"),
+        ("calling the compiled blocks", Block, "forward"),
+        ("calling the compiled blocks", KernelBlock, "forward"),
         ("embedding", nn.Embedding, "forward"),
-        ("norms", RMSNorm, "forward"),
-        ("rotary embedding", model, "rotary_embedding"),
-        ("rotary embedding", model, "rotate"),
+        ("rotary embedding", octavo.model, "rotary_embedding"),
         ("cache", octavo.cache.RowView, "begin"),
-        *(("cache", step, "update") for step in cache_steps),
-        ("attention core", torch.nn.functional, "scaled_dot_product_attention"),
-        ("router", Router, "forward"),
-        ("rest of attention", Attention, "forward"),
-        ("residual sums, module calls", MoEFeedForward, "forward"),
-        ("residual sums, module calls", TransformerBlock, "forward"),
-        ("residual sums, module calls", Mixtral, "forward"),
+        ("cache", octavo.compiled, "BlockStep"),
+        ("rest of the model", Mixtral, "forward"),
         ("sampling", octavo.engine, "sample"),
         ("engine", Engine, "step"),
     ]
@@ -83,20 +79,24 @@ class Timers:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._inner = [0.0]  # seconds of timed parts within each open one
 
-    def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def around(self, part: str, owner: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, timed."""
         inner, seconds, now = self._inner, self.seconds, time.perf_counter
 
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             inner.append(0.0)
-            started = now()
+            products, started = spent()[0], now()
             try:
                 return function(*args, **kwargs)
             finally:
-                spent = now() - started
-                seconds[part] += spent - inner.pop()
-                inner[-1] += spent
+                passed = now() - started
+                if owner is native():  # what is not compiled has its products in parts within
+                    products = spent()[0] - products
+                    seconds[PRODUCTS] += products
+                    inner[-1] += products
+                seconds[part] += passed - inner.pop()
+                inner[-1] += passed
 
         return timed
 
@@ -112,7 +112,7 @@ class Timers:
         with contextlib.ExitStack() as stack:
             for part, owner, name in parts():
                 original = getattr(owner, name)
-                setattr(owner, name, self.around(part, original))
+                setattr(owner, name, self.around(part, owner, original))
                 stack.callback(setattr, owner, name, original)
             yield
 
@@ -144,7 +144,7 @@ def profile(model: Mixtral, prompt: int, steps: int) -> dict[str, Any]:
 def summary(timed: list[dict[str, float]], plain: list[float]) -> dict[str, Any]:
     """Medians over the steps; shares are of each step, and then their median."""
     totals = [sum(step.values()) for step in timed]
-    names = dict.fromkeys(part for part, _, _ in parts())
+    names = dict.fromkeys((PRODUCTS, *(part for part, _, _ in parts())))
     found = {}
     for part in (name for name in names if name in timed[0]):
         seconds = [step.get(part, 0.0) for step in timed]
@@ -153,7 +153,7 @@ def summary(timed: list[dict[str, float]], plain: list[float]) -> dict[str, Any]
             "microseconds": round(1e6 * statistics.median(seconds), 1),
             "share": round(statistics.median(shares), 5),
         }
-    outside = [1 - sum(step.get(k, 0.0) for k in KERNELS) / total for step, total in zip(timed, totals, strict=True)]
+    outside = [1 - step.get(PRODUCTS, 0.0) / total for step, total in zip(timed, totals, strict=True)]
     return {
         "milliseconds_a_step": round(1e3 * statistics.median(totals), 3),
         "milliseconds_without_timers": round(1e3 * statistics.median(plain), 3),

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "pool.h"
-
 namespace octavo {
 
 uint8_t* Arena::take(int64_t nbytes) {
@@ -42,20 +40,15 @@ Workspace::Workspace(int64_t n_floats, bool spans) : n_floats_(ceil_div(n_floats
     if (spans) spans_ = reinterpret_cast<Span*>(arena().take(threads() * int64_t(sizeof(Span))));
 }
 
-uint16_t to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);  // NaN stays NaN
-    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+int64_t panels_of_task(int64_t panel_nbytes, int64_t total_nbytes) {
+    const int64_t share = std::clamp<int64_t>(total_nbytes / (8 * threads()), 64 << 10, 512 << 10);
+    return std::max<int64_t>(1, std::min(share, total_nbytes / threads()) / panel_nbytes);
 }
 
 float* row_as_float(const Rows& from, int64_t row, float* scratch) {
     if (from.dtype == Float::f32) return static_cast<float*>(from.data) + row * from.cols;
     const uint16_t* x = static_cast<uint16_t*>(from.data) + row * from.cols;
-    for (int64_t i = 0; i < from.cols; ++i) {
-        const uint32_t bits = uint32_t(x[i]) << 16;
-        std::memcpy(scratch + i, &bits, 4);
-    }
+    for (int64_t i = 0; i < from.cols; ++i) scratch[i] = from_bf16(x[i]);
     return scratch;
 }
 

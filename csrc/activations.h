@@ -1,7 +1,10 @@
 // Activations of some tokens, made ready for the kernels: int8 tiles, or bfloat16 rows.
 #pragma once
 
+#include <cstring>
+
 #include "ops.h"
+#include "pool.h"
 
 namespace octavo {
 
@@ -63,8 +66,32 @@ class Activations {
     uint16_t** rows_ = nullptr;   // of bfloat16
 };
 
+// Calls fn(token), by all threads unless a few are sooner done by one.
+template <class Fn>
+void for_tokens(int64_t tokens, const Fn& fn) {
+    if (tokens > kDirectTokens) return parallel(tokens, [&](int64_t t, int) { fn(t); });
+    for (int64_t t = 0; t < tokens; ++t) fn(t);
+}
+
+// How many panels of nbytes each a task takes of so many bytes that all threads stream from memory: long stretches, for
+// threads that take turns within a megabyte are slower than one alone, and yet many enough to share out evenly.
+int64_t panels_of_task(int64_t panel_nbytes, int64_t total_nbytes);
+
 float* row_as_float(const Rows& from, int64_t row, float* scratch);
 void store_row(const Rows& to, int64_t row, int64_t first, const float* x, int64_t n);
-uint16_t to_bf16(float x);
+
+// To the nearest, the even one of two; NaN stays NaN. Without branches, so that compilers make vectors of it.
+inline uint16_t to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = bits >> 16 | 0x40;
+    return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? nan : nearest);
+}
+inline float from_bf16(uint16_t x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
 
 }  // namespace octavo

@@ -91,6 +91,12 @@ struct Isa {
     static INLINE Vec fma(Vec v, Vec w, Vec c) { return {_mm256_fmadd_ps(v.a, w.a, c.a), _mm256_fmadd_ps(v.b, w.b, c.b)}; }
     static INLINE Vec min(Vec v, Vec w) { return {_mm256_min_ps(v.a, w.a), _mm256_min_ps(v.b, w.b)}; }
     static INLINE Vec max(Vec v, Vec w) { return {_mm256_max_ps(v.a, w.a), _mm256_max_ps(v.b, w.b)}; }
+    static INLINE float total(Vec v) {
+        const __m256 eight = _mm256_add_ps(v.a, v.b);
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    }
     static INLINE Vec round(Vec v) {
         constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         return {_mm256_round_ps(v.a, kNearest), _mm256_round_ps(v.b, kNearest)};

@@ -112,6 +112,12 @@ struct Isa {
     static INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
     static INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }  // b where one is NaN
     static INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+    static INLINE float total(Vec v) {
+        const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    }
     static INLINE Vec round(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static INLINE Vec times_power_of_2(Vec v, Vec n) {
         return _mm512_castsi512_ps(

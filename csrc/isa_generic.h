@@ -114,6 +114,12 @@ struct Isa {
     static INLINE Vec div(Vec a, Vec b) { return zip(a, b, [](float x, float y) { return x / y; }); }
     static INLINE Vec min(Vec a, Vec b) { return zip(a, b, [](float x, float y) { return x < y ? x : y; }); }
     static INLINE Vec max(Vec a, Vec b) { return zip(a, b, [](float x, float y) { return x > y ? x : y; }); }
+    static INLINE float total(Vec v) {  // in this order everywhere
+        for (int n = 8; n; n /= 2) {
+            for (int i = 0; i < n; ++i) v.v[i] += v.v[i + n];
+        }
+        return v.v[0];
+    }
     static INLINE Vec fma(Vec a, const Vec& b, const Vec& c) {
         for (int i = 0; i < 16; ++i) a.v[i] = fmaf(a.v[i], b.v[i], c.v[i]);
         return a;

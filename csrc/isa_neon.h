@@ -114,6 +114,11 @@ struct Isa {
     static INLINE Vec max(Vec a, const Vec& b) {
         return zip(a, b, [](auto x, auto y) { return vbslq_f32(vcgtq_f32(x, y), x, y); });
     }
+    static INLINE float total(const Vec& v) {
+        const float32x4_t four = vaddq_f32(vaddq_f32(v.v[0], v.v[2]), vaddq_f32(v.v[1], v.v[3]));
+        const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+        return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+    }
     static INLINE Vec fma(const Vec& a, const Vec& b, Vec c) {
         for (int i = 0; i < 4; ++i) c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
         return c;

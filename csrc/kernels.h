@@ -16,6 +16,12 @@ constexpr int kTileTokens = 6;    // of a tile, where there are more
 constexpr int kSpanUnits = 8;     // units that are unpacked at a time for many tokens: what L1 holds
 constexpr int kMaxPanels = 2;     // multiplied side by side
 
+constexpr int kLanes = 16;        // of a vector of floats
+constexpr int64_t padded(int64_t n) { return ceil_div(n, kLanes) * kLanes; }
+
+enum class Float { f32, bf16 };
+constexpr int64_t bytes_of(Float dtype) { return dtype == Float::f32 ? 4 : 2; }
+
 constexpr int64_t unit_bytes(int tokens) { return int64_t(tokens) * (kUnit + 4 + 12); }
 
 struct Tile {
@@ -27,6 +33,14 @@ struct Tile {
 struct Span {
     alignas(64) uint8_t lots[kSpanUnits * kUnitLots * kMaxPanels * kLotBytes];
     alignas(64) float scales[kSpanUnits * 2 * kMaxPanels * kPanelRows];
+};
+
+// Numbers in memory.
+struct Numbers {
+    Float dtype;
+    const void* data;
+
+    Numbers from(int64_t i) const { return {dtype, static_cast<const uint8_t*>(data) + i * bytes_of(dtype)}; }
 };
 
 struct Kernels {
@@ -43,6 +57,12 @@ struct Kernels {
     void (*bf16)(const uint16_t* w, int rows, int64_t cols, const uint16_t* const* x, int64_t tokens, float* y);
     // h[i] = silu(a[i]) * b[i], in float32
     void (*silu_mul)(const float* a, const float* b, float* h, int64_t n);
+    // The sum of a[i] * b[i]; b is float32 or bfloat16.
+    float (*dot)(const float* a, Numbers b, int64_t n);
+    // Attention of some queries over one head's keys and values, rows `stride` apart, of which slots[0..n) are seen;
+    // null for 0..n - 1. Rows of q and out are padded(head_dim) apart, q's with zeros, and those of scores padded(n).
+    void (*attend)(const float* q, int queries, int64_t head_dim, Numbers k, Numbers v, int64_t stride,
+                   const int32_t* slots, int64_t n, float* scores, float* out);
     // XOR of all 64-byte words, so that a read can be timed; and dot products in registers, whose number is returned.
     uint64_t (*read)(const uint8_t* data, int64_t nbytes);
     uint64_t (*dot_peak)(int64_t rounds, int32_t* sink);

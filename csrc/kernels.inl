@@ -479,6 +479,137 @@ static void bf16(const uint16_t* w, int rows, int64_t cols, const uint16_t* cons
     for (; r < rows; ++r) bf16_r<1>(w + r * cols, cols, x, tokens, y + r);
 }
 
+// ---------------------------------------- around the products
+
+static INLINE Vec load_wide(const float* p) { return Isa::load_vec(p); }
+static INLINE Vec load_wide(const uint16_t* p) { return Isa::scales(reinterpret_cast<const uint8_t*>(p), 0xffff); }
+
+// Up to 16 numbers, then zeros.
+template <class T>
+static INLINE Vec load_some(const T* p, int64_t left) {
+    if (left >= kLanes) return load_wide(p);
+    alignas(64) T some[kLanes] = {};
+    for (int64_t i = 0; i < left; ++i) some[i] = p[i];
+    return load_wide(some);
+}
+
+template <class T>
+static float dot_t(const float* a, const T* b, int64_t n) {
+    Vec sums[4];
+    UNROLL(4)
+    for (int j = 0; j < 4; ++j) sums[j] = Isa::vec(0.0f);
+    for (int64_t i = 0; i < n; i += 4 * kLanes) {
+        UNROLL(4)
+        for (int j = 0; j < 4; ++j) {
+            const int64_t at = i + j * kLanes;
+            if (at < n) sums[j] = Isa::fma(load_some(a + at, n - at), load_some(b + at, n - at), sums[j]);
+        }
+    }
+    return Isa::total(Isa::add(Isa::add(sums[0], sums[1]), Isa::add(sums[2], sums[3])));
+}
+
+static float dot(const float* a, Numbers b, int64_t n) {
+    if (b.dtype == Float::f32) return dot_t(a, static_cast<const float*>(b.data), n);
+    return dot_t(a, static_cast<const uint16_t*>(b.data), n);
+}
+
+// scores[r * padded(n) + i] = scale * (q[r] . k[slot i])
+template <class T, int R>
+static void scores_t(const float* q, int64_t dim, const T* k, int64_t stride, const int32_t* slots, int64_t n,
+                     float scale, float* scores) {
+    const int64_t width = padded(dim);
+    for (int64_t i = 0; i < n; ++i) {
+        const T* key = k + (slots ? slots[i] : i) * stride;
+        Vec sums[R];
+        UNROLL(4)
+        for (int r = 0; r < R; ++r) sums[r] = Isa::vec(0.0f);
+        for (int64_t c = 0; c < dim; c += kLanes) {
+            const Vec some = load_some(key + c, dim - c);
+            UNROLL(4)
+            for (int r = 0; r < R; ++r) sums[r] = Isa::fma(Isa::load_vec(q + r * width + c), some, sums[r]);
+        }
+        UNROLL(4)
+        for (int r = 0; r < R; ++r) scores[r * padded(n) + i] = scale * Isa::total(sums[r]);
+    }
+}
+
+// scores to exp(scores - their maximum); returns the sum. NaN and infinities make NaN.
+static float exponentials(float* scores, int64_t n) {
+    alignas(64) float lanes[kLanes];
+    for (int64_t i = n; i < padded(n); ++i) scores[i] = scores[0];
+    Vec most = Isa::load_vec(scores);
+    for (int64_t i = kLanes; i < n; i += kLanes) most = Isa::max(Isa::load_vec(scores + i), most);
+    Isa::store(lanes, most);
+    float highest = lanes[0];
+    for (const float lane : lanes) highest = lane > highest ? lane : highest;
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const Vec below = Isa::sub(Isa::load_vec(scores + i), Isa::vec(highest));
+        Isa::store(scores + i, Isa::add(exp_vec(below), Isa::sub(below, below)));
+    }
+    for (int64_t i = n; i < padded(n); ++i) scores[i] = 0.0f;
+    Vec sum = Isa::vec(0.0f);
+    for (int64_t i = 0; i < n; i += kLanes) sum = Isa::add(sum, Isa::load_vec(scores + i));
+    return Isa::total(sum);
+}
+
+// out[r] = sum of scores[r][i] * v[slot i] / sums[r], for columns first..first + 16 J.
+template <class T, int R, int J>
+static void values_t(const float* scores, const float* sums, const T* v, int64_t stride, const int32_t* slots, int64_t n,
+                     int64_t first, int64_t dim, float* out) {
+    Vec sum[R][J];
+    UNROLL(4)
+    for (int r = 0; r < R; ++r)
+        UNROLL(4)
+        for (int j = 0; j < J; ++j) sum[r][j] = Isa::vec(0.0f);
+    for (int64_t i = 0; i < n; ++i) {
+        const T* row = v + (slots ? slots[i] : i) * stride + first;
+        Vec some[J];
+        UNROLL(4)
+        for (int j = 0; j < J; ++j) some[j] = load_some(row + j * kLanes, dim - first - j * kLanes);
+        UNROLL(4)
+        for (int r = 0; r < R; ++r) {
+            const Vec weight = Isa::vec(scores[r * padded(n) + i]);
+            UNROLL(4)
+            for (int j = 0; j < J; ++j) sum[r][j] = Isa::fma(weight, some[j], sum[r][j]);
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int j = 0; j < J; ++j) {
+            Isa::store(out + r * padded(dim) + first + j * kLanes, Isa::div(sum[r][j], Isa::vec(sums[r])));
+        }
+    }
+}
+
+template <class T, int R>
+static void attend_t(const float* q, int64_t dim, const T* k, const T* v, int64_t stride, const int32_t* slots,
+                     int64_t n, float* scores, float* out) {
+    float sums[R];
+    scores_t<T, R>(q, dim, k, stride, slots, n, 1.0f / __builtin_sqrtf(float(dim)), scores);
+    for (int r = 0; r < R; ++r) sums[r] = exponentials(scores + r * padded(n), n);
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= dim; c += 4 * kLanes) values_t<T, R, 4>(scores, sums, v, stride, slots, n, c, dim, out);
+    for (; c < dim; c += kLanes) values_t<T, R, 1>(scores, sums, v, stride, slots, n, c, dim, out);
+}
+
+template <class T>
+static void attend_all(const float* q, int queries, int64_t dim, const T* k, const T* v, int64_t stride,
+                       const int32_t* slots, int64_t n, float* scores, float* out) {
+    const int64_t width = padded(dim);
+    int r = 0;
+    for (; r + 4 <= queries; r += 4) attend_t<T, 4>(q + r * width, dim, k, v, stride, slots, n, scores, out + r * width);
+    for (; r < queries; ++r) attend_t<T, 1>(q + r * width, dim, k, v, stride, slots, n, scores, out + r * width);
+}
+
+static void attend(const float* q, int queries, int64_t dim, Numbers k, Numbers v, int64_t stride, const int32_t* slots,
+                   int64_t n, float* scores, float* out) {
+    if (k.dtype == Float::f32) {
+        const auto *keys = static_cast<const float*>(k.data), *values = static_cast<const float*>(v.data);
+        return attend_all(q, queries, dim, keys, values, stride, slots, n, scores, out);
+    }
+    const auto *keys = static_cast<const uint16_t*>(k.data), *values = static_cast<const uint16_t*>(v.data);
+    attend_all(q, queries, dim, keys, values, stride, slots, n, scores, out);
+}
+
 // ---------------------------------------- the machine's limits
 
 static uint64_t read_all(const uint8_t* data, int64_t nbytes) {
@@ -524,5 +655,5 @@ static uint64_t dot_peak(int64_t rounds, int32_t* sink) {
 }
 
 static constexpr Kernels kTable = {
-    Isa::kName, quantize, direct, many, bf16, silu_mul, read_all, dot_peak,
+    Isa::kName, quantize, direct, many, bf16, silu_mul, dot, attend, read_all, dot_peak,
 };

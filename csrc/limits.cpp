@@ -1,6 +1,5 @@
-// What the machine can do at most, measured with the same threads as the kernels.
+// What the machine can do at most, measured with the same threads as the kernels, and where the time went.
 #include <atomic>
-#include <chrono>
 
 #include "ops.h"
 #include "pool.h"
@@ -14,7 +13,17 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
+std::atomic<double> seconds_spent{0.0};
+std::atomic<int64_t> bytes_read{0};
+
 }  // namespace
+
+Stopwatch::~Stopwatch() {
+    seconds_spent.fetch_add(seconds_since(begin_), std::memory_order_relaxed);
+    bytes_read.fetch_add(nbytes_, std::memory_order_relaxed);
+}
+
+Spent spent() { return {seconds_spent, bytes_read}; }
 
 double read_bandwidth(const std::vector<Matrix>& matrices) {
     struct Piece {

@@ -1,5 +1,7 @@
 // The Python module octavo.kernels._native. Tensors come as addresses: octavo.kernels.cpu has looked at them.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -9,6 +11,7 @@
 #include "pool.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 using namespace octavo;
 
 namespace {
@@ -19,6 +22,10 @@ Matrix matrix(int bits, uintptr_t data, int64_t rows, int64_t cols) {
 
 Rows rows(bool bf16, uintptr_t data, int64_t count, int64_t cols) {
     return {bf16 ? Float::bf16 : Float::f32, reinterpret_cast<void*>(data), count, cols};
+}
+
+Norm weights(bool bf16, uintptr_t data, float eps) {
+    return {{bf16 ? Float::bf16 : Float::f32, reinterpret_cast<const void*>(data)}, eps};
 }
 
 struct Experts {
@@ -40,6 +47,24 @@ NB_MODULE(_native, m) {
         for (const auto& one : list) self->list.push_back(nb::cast<const Expert&>(one));
     });
 
+    nb::class_<Attention>(m, "Attention")
+        .def("__init__", [](Attention* self, bool bf16, uintptr_t norm, float eps, const Matrix& wq, const Matrix& wk,
+                            const Matrix& wv, const Matrix& wo, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim) {
+            new (self) Attention{weights(bf16, norm, eps), wq, wk, wv, wo, n_heads, n_kv_heads, head_dim};
+        });
+    nb::class_<Mixture>(m, "Mixture")
+        .def("__init__", [](Mixture* self, bool bf16, uintptr_t norm, float eps, bool gate_bf16, uintptr_t gate, int64_t E,
+                            int64_t D, int64_t top_k, const Experts& experts) {
+            new (self) Mixture{weights(bf16, norm, eps), rows(gate_bf16, gate, E, D), top_k, experts.list};
+        });
+    nb::class_<Cache>(m, "Cache")
+        .def("__init__", [](Cache* self, uintptr_t k, uintptr_t v, const std::array<int64_t, 4>& strides,
+                            int64_t tokens, int64_t end, uintptr_t slots, uintptr_t mask) {
+            const auto [layer, row, head, slot] = strides;
+            new (self) Cache{reinterpret_cast<uint8_t*>(k), reinterpret_cast<uint8_t*>(v), layer, row, head, slot, tokens,
+                             end, reinterpret_cast<const int64_t*>(slots), reinterpret_cast<const bool*>(mask)};
+        });
+
     m.def("linear", [](bool x_bf16, uintptr_t x, int64_t T, const Matrix& w, bool y_bf16, uintptr_t y) {
         nb::gil_scoped_release unlocked;
         linear(rows(x_bf16, x, T, w.cols), w, rows(y_bf16, y, T, w.rows));
@@ -53,6 +78,23 @@ NB_MODULE(_native, m) {
         }
         moe(rows(bf16, x, T, D), chosen, reinterpret_cast<const float*>(weights), K, experts.list, rows(bf16, y, T, D));
     });
+    m.def("route", [](bool bf16, uintptr_t x, int64_t T, bool gate_bf16, uintptr_t gate, int64_t E, int64_t D, int64_t K,
+                      uintptr_t ids, uintptr_t weights, uintptr_t logits) {
+        nb::gil_scoped_release unlocked;
+        route(rows(bf16, x, T, D), rows(gate_bf16, gate, E, D), K, reinterpret_cast<int64_t*>(ids),
+              reinterpret_cast<float*>(weights), reinterpret_cast<float*>(logits));
+    });
+    m.def("block", [](const Attention& attention, const Mixture* mixture, bool bf16, uintptr_t x, int64_t T,
+                       uintptr_t rotation, const Cache& cache, int64_t layer, uintptr_t y) {
+        nb::gil_scoped_release unlocked;
+        const Rows in = rows(bf16, x, T, attention.wq.cols), out = rows(bf16, y, T, attention.wo.rows);
+        attend(in, attention, reinterpret_cast<const float*>(rotation), cache, layer, out);
+        if (mixture) mix(out, *mixture);
+    }, "attention"_a, "mixture"_a.none(), "bf16"_a, "x"_a, "T"_a, "rotation"_a, "cache"_a, "layer"_a, "y"_a);
+    m.def("normalize", [](bool bf16, uintptr_t x, int64_t T, int64_t D, uintptr_t norm, float eps, uintptr_t y) {
+        nb::gil_scoped_release unlocked;
+        normalize(rows(bf16, x, T, D), weights(bf16, norm, eps), rows(bf16, y, T, D));
+    });
 
     m.def("set_threads", [](int n) {
         nb::gil_scoped_release unlocked;  // it waits for a running operation
@@ -63,6 +105,7 @@ NB_MODULE(_native, m) {
     m.def("choose", &choose_kernels);
     m.def("name", [] { return std::string(kernels().name); });
     m.def("reason", &kernels_reason);
+    m.def("spent", [] { return std::pair(spent().seconds, spent().nbytes); });
     m.def("read_bandwidth", [](nb::list list) {
         std::vector<Matrix> matrices;
         for (const auto& one : list) matrices.push_back(nb::cast<const Matrix&>(one));

@@ -2,12 +2,10 @@
 #include <memory>
 
 #include "activations.h"
-#include "pool.h"
 
 namespace octavo {
 namespace {
 
-constexpr int64_t kHiddenChunk = kUnit;  // hidden columns of a task: those that share a scale when quantised again
 constexpr int64_t kDownPanels = 8;  // of a task: an expert's hidden activations are read once for all of them
 
 // The tokens that chose one expert, and their activations before w1, w3 and w2.
@@ -60,42 +58,55 @@ void prepare(std::vector<Share>& shares, Rows x, int64_t begin, int64_t T) {
         const auto& [activations, share] = fresh[size_t(i)];
         for (size_t t = 0; t < share->tokens.size(); ++t) activations->set_row(int64_t(t), x, begin + share->tokens[t]);
     };
-    if (T <= kDirectTokens) {  // sooner done than shared out
-        for (size_t i = 0; i < fresh.size(); ++i) fill(int64_t(i), 0);
-    } else {
-        parallel(int64_t(fresh.size()), fill);
+    if (T > kDirectTokens) return parallel(int64_t(fresh.size()), fill);
+    for (size_t i = 0; i < fresh.size(); ++i) fill(int64_t(i), 0);  // sooner done than shared out
+}
+
+// y[t * stride + r] = row first + r of w times token t; first is where a panel begins.
+void rows_times(const Activations& x, const Matrix& w, int64_t first, int64_t n, float* y, int64_t stride, Span* span) {
+    const int64_t begin = first / kPanelRows, end = ceil_div(first + n, kPanelRows);
+    for (int64_t p = begin; p < end; p += kMaxPanels) {
+        x.times(w, p, int(std::min<int64_t>(kMaxPanels, end - p)), y + (p - begin) * kPanelRows, stride, span);
     }
 }
 
-// silu(w1 x) * (w3 x), 64 hidden columns of one expert at a time.
-void gate_and_up(std::vector<Share>& shares, Workspace& space) {
+// Rows of a task over one of the matrices, of every share: as many as the cache holds results of for many tokens, and
+// for a few as panels_of_task says.
+int64_t task_rows(const std::vector<Share>& shares, Matrix Expert::* which, bool many, int64_t if_many) {
+    if (many) return if_many;
+    int64_t nbytes = 0, of_panel = 0;
+    for (const Share& share : shares) {
+        const Matrix& w = share.expert->*which;
+        nbytes += matrix_bytes(w.format, w.rows, w.cols);
+        of_panel = std::max(of_panel, panel_bytes(w.format, w.cols));
+    }
+    return shares.empty() ? kPanelRows : panels_of_task(of_panel, nbytes) * kPanelRows;
+}
+
+// silu(w1 x) * (w3 x), some hidden columns of one expert at a time.
+void gate_and_up(std::vector<Share>& shares, int64_t chunk, Workspace& space) {
     int64_t chunks = 0;
-    for (const Share& share : shares) chunks = std::max(chunks, ceil_div(share.expert->w1.rows, kHiddenChunk));
+    for (const Share& share : shares) chunks = std::max(chunks, ceil_div(share.expert->w1.rows, chunk));
     parallel(chunks * int64_t(shares.size()), [&](int64_t task, int thread) {
         Share& share = shares[size_t(task / chunks)];
         const Matrix &w1 = share.expert->w1, &w3 = share.expert->w3;
-        const int64_t first = task % chunks * kHiddenChunk, n = std::min(kHiddenChunk, w1.rows - first);
+        const int64_t first = task % chunks * chunk, n = std::min(chunk, w1.rows - first);
         if (n <= 0) return;
         const int64_t T = int64_t(share.tokens.size());
-        float *a = space.floats(thread), *b = a + T * kHiddenChunk;
-        const int64_t end = ceil_div(first + n, kPanelRows);
-        for (int64_t p = first / kPanelRows; p < end; p += kMaxPanels) {
-            const int count = int(std::min<int64_t>(kMaxPanels, end - p));
-            const int64_t column = p * kPanelRows - first;
-            share.in1->times(w1, p, count, a + column, kHiddenChunk, space.span(thread));
-            share.in3->times(w3, p, count, b + column, kHiddenChunk, space.span(thread));
-        }
+        float *a = space.floats(thread), *b = a + T * chunk;
+        rows_times(*share.in1, w1, first, n, a, chunk, space.span(thread));
+        rows_times(*share.in3, w3, first, n, b, chunk, space.span(thread));
         for (int64_t t = 0; t < T; ++t) {
-            float* h = a + t * kHiddenChunk;
-            kernels().silu_mul(h, b + t * kHiddenChunk, h, n);
+            float* h = a + t * chunk;
+            kernels().silu_mul(h, b + t * chunk, h, n);
             share.hidden->set(t, h, first, n);
         }
     });
 }
 
 // The weighted sum of w2 h: a task owns some columns of every token.
-void down(const std::vector<Share>& shares, int64_t T, Rows y, int64_t begin, Workspace& space) {
-    const int64_t panels = ceil_div(y.cols, kPanelRows), chunk = T > kDirectTokens ? kDownPanels : 1;
+void down(const std::vector<Share>& shares, int64_t chunk, int64_t T, Rows y, int64_t begin, Workspace& space) {
+    const int64_t panels = ceil_div(y.cols, kPanelRows);
     parallel(ceil_div(panels, chunk), [&](int64_t task, int thread) {
         const int64_t begin_panel = task * chunk, first = begin_panel * kPanelRows;
         const int64_t end = std::min(panels, begin_panel + chunk);
@@ -103,11 +114,7 @@ void down(const std::vector<Share>& shares, int64_t T, Rows y, int64_t begin, Wo
         float *sum = space.floats(thread), *part = sum + T * width;
         std::fill(sum, part, 0.0f);
         for (const Share& share : shares) {
-            for (int64_t p = begin_panel; p < end; p += kMaxPanels) {
-                const int n = int(std::min<int64_t>(kMaxPanels, end - p));
-                float* to = part + (p - begin_panel) * kPanelRows;
-                share.hidden->times(share.expert->w2, p, n, to, width, space.span(thread));
-            }
+            rows_times(*share.hidden, share.expert->w2, first, width, part, width, space.span(thread));
             for (size_t i = 0; i < share.tokens.size(); ++i) {
                 float* to = sum + share.tokens[i] * width;
                 const float* from = part + int64_t(i) * width;
@@ -122,14 +129,22 @@ void down(const std::vector<Share>& shares, int64_t T, Rows y, int64_t begin, Wo
 
 void moe(Rows x, const int64_t* ids, const float* weights, int64_t K, const std::vector<Expert>& experts, Rows y) {
     const Turn turn;
+    Stopwatch watch;
     for (int64_t begin = 0; begin < x.count; begin += kTokensAtATime) {
         const int64_t T = std::min(kTokensAtATime, x.count - begin);
         arena().reset();
         std::vector<Share> shares = shares_of(ids + begin * K, weights + begin * K, T, K, experts);
-        Workspace space(2 * T * std::max(kHiddenChunk, kDownPanels * kPanelRows), T > kDirectTokens);
+        for (const Share& share : shares) {
+            for (const Matrix* w : {&share.expert->w1, &share.expert->w3, &share.expert->w2}) watch.read(*w);
+        }
+        const bool many = T > kDirectTokens;
+        // Hidden columns of a unit share a scale when they are quantised again, and so a task.
+        const int64_t hidden = ceil_div(task_rows(shares, &Expert::w1, many, kUnit), kUnit) * kUnit;
+        const int64_t panels = task_rows(shares, &Expert::w2, many, kDownPanels * kPanelRows) / kPanelRows;
+        Workspace space(2 * T * std::max(hidden, panels * kPanelRows), many);
         prepare(shares, x, begin, T);
-        gate_and_up(shares, space);
-        down(shares, T, y, begin, space);
+        gate_and_up(shares, hidden, space);
+        down(shares, panels, T, y, begin, space);
     }
 }
 

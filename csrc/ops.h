@@ -1,6 +1,7 @@
 // The operations, for any instruction set and any number of threads: the same bits for both.
 #pragma once
 
+#include <chrono>
 #include <string>
 #include <vector>
 
@@ -13,8 +14,6 @@ const Kernels& kernels();
 std::string kernels_reason();
 std::vector<std::string> available_kernels();  // best first
 bool choose_kernels(const std::string& name);  // "" for the best; false where this CPU lacks it
-
-enum class Float { f32, bf16 };
 
 // A weight matrix [rows, cols] in one of the formats.
 struct Matrix {
@@ -35,11 +34,78 @@ struct Expert {
 };
 
 // y = x w^T
+struct Product {
+    const Matrix* w;
+    Rows y;
+};
+void linear(Rows x, const std::vector<Product>& products);
 void linear(Rows x, const Matrix& w, Rows y);
 
 // y[t] = sum over k of weights[t * K + k] * w2 (silu(w1 x[t]) * (w3 x[t])) of expert ids[t * K + k],
 // added up in float32 by rising expert.
 void moe(Rows x, const int64_t* ids, const float* weights, int64_t K, const std::vector<Expert>& experts, Rows y);
+
+// What a block does around the products. Numbers are rounded to x's dtype wherever torch would store them.
+
+// x / rms(x) * weight
+struct Norm {
+    Numbers weight;
+    float eps;
+};
+
+struct Attention {
+    Norm norm;
+    Matrix wq, wk, wv, wo;
+    int64_t n_heads, n_kv_heads, head_dim;
+};
+
+struct Mixture {
+    Norm norm;
+    Rows gate;
+    int64_t top_k;
+    std::vector<Expert> experts;
+};
+
+// Keys and values [layer, row, head, slot, head_dim] of x's dtype; strides count numbers. Row r's new tokens are
+// r * tokens..(r + 1) * tokens - 1.
+struct Cache {
+    uint8_t *k, *v;
+    int64_t layer_stride, row_stride, head_stride, slot_stride;
+    int64_t tokens, end;   // slots 0..end - 1 are there
+    const int64_t* slots;  // where each token's key and value go
+    const bool* mask;      // [token, end], what each sees; null where that is all up to its own slot
+};
+
+// y = norm(x)
+void normalize(Rows x, const Norm& norm, Rows y);
+
+// The K experts with the highest logits gate x, ids and weights (softmax over the K) best first; equals by index.
+void route(Rows x, Rows gate, int64_t K, int64_t* ids, float* weights, float* logits);
+
+// y = x + wo attention(rotated wq x', rotated wk x', wv x') with x' = norm(x), after the new keys and values have been
+// stored; rotation holds cosine and sine of each pair of a head's numbers, for every token.
+void attend(Rows x, const Attention& attention, const float* rotation, const Cache& cache, int64_t layer, Rows y);
+
+// x = x + moe(norm(x), route(norm(x)))
+void mix(Rows x, const Mixture& mixture);
+
+// Seconds that this process has spent in linear and moe, and bytes of weights that those multiplied with.
+struct Spent {
+    double seconds;
+    int64_t nbytes;
+};
+Spent spent();
+
+// While it lives, time is counted there.
+class Stopwatch {
+  public:
+    ~Stopwatch();
+    void read(const Matrix& w) { nbytes_ += matrix_bytes(w.format, w.rows, w.cols); }
+
+  private:
+    const std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+    int64_t nbytes_ = 0;
+};
 
 // Bytes a second of a plain read, one pass by all threads; int8 operations a second of dot products in registers.
 double read_bandwidth(const std::vector<Matrix>& matrices);

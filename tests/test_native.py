@@ -1,4 +1,4 @@
-"""The C++ kernels alone (csrc/tests/check.cpp), built plainly, with sanitizers and for ARM; then the compiled module.
+"""The C++ kernels alone (csrc/tests/check*.cpp), built plainly, with sanitizers and for ARM; then the compiled module.
 
 `check` says what the kernels promise. It is compiled here with the flags of CMakeLists.txt, which is read for them.
 """
@@ -136,7 +136,7 @@ class Builds:
         if missing := self._what_is_missing(variant):
             self.missing[variant] = missing
             return
-        jobs = [("tests/check", list[str]())]
+        jobs = [(f"tests/{check.stem}", list[str]()) for check in sorted((ROOT / "csrc/tests").glob("*.cpp"))]
         for source, (flags, of_cpu) in read_cmake().items():
             wanted = variant.sets is None or source in variant.sets
             known = wanted and of_cpu and self._builds(variant, *of_cpu)

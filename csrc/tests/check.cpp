@@ -9,21 +9,23 @@
 // The promises, for every instruction set that this CPU has:
 //   linear  is the product of the decoded weights and the rounded activations, within float32 rounding (reference.h)
 //   moe     is what linear, silu_mul and linear give, added up by rising expert
+//   parts   of a decode step (dot, attend, normalize, route) are what double precision gives, within float32 rounding
+//   block   attend and mix are what their parts give one after another, to the bit
 //   bits    do not depend on the number of threads, nor on how many tokens are computed at once; nor, at 8 bits and
 //           below, on the instruction set
-//   memory  is read and written up to the last byte of an argument and no further (arguments end at a guard page)
+//   memory  is read and written up to the last byte of an argument and no further (arguments end at a guard page); of a
+//           cache nothing is written but the new tokens' slots, and slots that are not seen may hold anything
 //   NaN     or infinity in a token makes all its outputs NaN (not finite, at bfloat16), and changes no other token
 //   threads may be changed at any time, and several callers may compute at once
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <array>
 #include <atomic>
-#include <deque>
 #include <limits>
 #include <thread>
 
 #include "../pool.h"
+#include "check_block.h"
 #include "support.h"
 
 using namespace octavo;
@@ -34,7 +36,7 @@ namespace {
 // ---------------------------------------- linear
 
 void linear_f32(const Weights& w, float* x, int64_t tokens, float* y) {
-    linear(floats(x, tokens, w.matrix.cols), w.matrix, floats(y, tokens, w.matrix.rows));
+    linear(rows_of(x, tokens, w.matrix.cols), w.matrix, rows_of(y, tokens, w.matrix.rows));
 }
 
 // bfloat16 in and out give what float32 gives for the same numbers, rounded.
@@ -46,7 +48,7 @@ void check_bf16_rows(const Weights& w, int64_t tokens, Random& random) {
         x16[i] = random.bf16();
         x[i] = float(reference::bf16_value(x16[i]));
     }
-    linear(halves(x16.data(), tokens, cols), w.matrix, halves(y16.data(), tokens, rows));
+    linear(rows_of(x16.data(), tokens, cols), w.matrix, rows_of(y16.data(), tokens, rows));
     linear_f32(w, x.data(), tokens, y.data());
     for (int64_t i = 0; i < y.size(); ++i) {
         const uint16_t wanted = reference::to_bf16(y[i]);
@@ -105,23 +107,6 @@ void check_linear(Format f, int64_t rows, int64_t cols, const std::vector<int64_
 
 // ---------------------------------------- the feed-forward of a mixture of experts
 
-using Three = std::array<Format, 3>;  // of w1, w3 and w2
-
-struct Layer {
-    int64_t dim, hidden_dim;
-    std::deque<Weights> weights;  // w1, w3, w2 of each expert
-    std::vector<Expert> experts;
-
-    Layer(const Three& formats, int64_t n, int64_t D, int64_t H, Random& random) : dim(D), hidden_dim(H) {
-        for (int64_t e = 0; e < n; ++e) {
-            const Matrix& w1 = weights.emplace_back(formats[0], H, D, random).matrix;
-            const Matrix& w3 = weights.emplace_back(formats[1], H, D, random).matrix;
-            const Matrix& w2 = weights.emplace_back(formats[2], D, H, random).matrix;
-            experts.push_back({w1, w3, w2});
-        }
-    }
-};
-
 // Every token's choice: K different experts in any order, never the last one; the first is popular.
 struct Choice {
     int64_t K;
@@ -155,8 +140,8 @@ std::vector<reference::Sum> expert_output(const Layer& layer, size_t e, float* x
 
 void moe_f32(const Layer& layer, const Choice& choice, float* x, int64_t first, int64_t tokens, float* y) {
     const int64_t K = choice.K, D = layer.dim;
-    moe(floats(x + first * D, tokens, D), choice.ids.data() + first * K, choice.weights.data() + first * K, K,
-        layer.experts, floats(y, tokens, D));
+    moe(rows_of(x + first * D, tokens, D), choice.ids.data() + first * K, choice.weights.data() + first * K, K,
+        layer.experts, rows_of(y, tokens, D));
 }
 
 void check_moe(const Three& formats, int64_t D, int64_t H, int64_t K, const std::vector<int64_t>& counts) {
@@ -325,7 +310,7 @@ void check_bf16_rounding() {
         where = "bfloat16 rounding " + set;
         choose_kernels(set);
         Guarded<float> y(n);
-        linear(floats(x.data(), n, 1), w, floats(y.data(), n, 1));
+        linear(rows_of(x.data(), n, 1), w, rows_of(y.data(), n, 1));
         for (int64_t i = 0; i < n; ++i) {
             const float from = x[size_t(i)];
             const bool right = std::isnan(from) ? std::isnan(y[i])
@@ -375,8 +360,8 @@ void check_counts() {
     for (const int n : {1, 3}) {
         set_threads(n);
         where = text("token counts, threads=%d", n);
-        linear(floats(nullptr, 0, 65), w.matrix, floats(nullptr, 0, 17));
-        moe(floats(nullptr, 0, 20), nullptr, nullptr, 2, layer.experts, floats(nullptr, 0, 20));
+        linear(rows_of<float>(nullptr, 0, 65), w.matrix, rows_of<float>(nullptr, 0, 17));
+        moe(rows_of<float>(nullptr, 0, 20), nullptr, nullptr, 2, layer.experts, rows_of<float>(nullptr, 0, 20));
         linear_f32(w, x.data(), kMany, y.data());
         moe_f32(layer, choice, x.data(), 0, kMany, z.data());
         for (const int64_t t : {int64_t(0), int64_t(1023), int64_t(1024), kMany - 1}) {
@@ -514,6 +499,7 @@ constexpr Format kFormats[] = {Format::q8, Format::q4, Format::q3, Format::q2, F
 void check_pool() {
     check_tasks();
     check_callers(30);
+    check_block_callers(15);
     check_linear(Format::q3, 100, 70, {1, 3, 20});
     check_moe({Format::q4, Format::q4, Format::q4}, 40, 70, 2, {1, 3, 20});
 }
@@ -521,6 +507,7 @@ void check_pool() {
 void check_quickly() {
     check_tasks();
     check_callers(30);
+    check_block_callers(15);
     check_fork();
     check_bf16_rounding();
     check_silu();
@@ -540,6 +527,8 @@ void check_quickly() {
         check_moe({Format::q2, Format::q2, Format::bf16}, 48, 90, K, {1, 2, 9});
         check_moe({Format::bf16, Format::q8, Format::q3}, 48, 90, K, {1, 2, 9});
     }
+    check_parts(false);
+    check_block(false);
 }
 
 void check_more() {
@@ -552,6 +541,8 @@ void check_more() {
         check_moe({f, f, f}, 1, 1, 1, {1, 2, 17});
         check_moe({f, f, f}, 33, 200, 3, {1, 3, 8, 40});
     }
+    check_parts(true);
+    check_block(true);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -125,10 +126,11 @@ inline std::vector<double> activations(Format f, const float* x, int64_t n) {
 
 // ---------------------------------------- products
 
-// A sum, and how far float32 arithmetic may be from it: so many roundings, each of at most all terms' magnitudes.
+// A sum, and how far float32 arithmetic may be from it: so many roundings, each of at most all terms' magnitudes, and
+// what the terms were wrong by already.
 struct Sum {
-    double value = 0, magnitude = 0, roundings = 0, underflow = 0;
-    double bound() const { return roundings * kHalfUlp * magnitude + underflow; }
+    double value = 0, magnitude = 0, roundings = 0, underflow = 0, carried = 0;
+    double bound() const { return roundings * kHalfUlp * magnitude + underflow + carried; }
 };
 
 // Three roundings in a group of columns, and one for each 64 columns that are added; products of int8 are exact. At
@@ -148,5 +150,98 @@ inline Sum dot(const Weights& w, int64_t row, const std::vector<double>& x) {
 }
 
 inline double silu(double x) { return x / (1 + std::exp(-x)); }
+
+// ---------------------------------------- around the products
+
+using Vector = std::vector<double>;
+
+// Each of 64 lanes adds up every 64th product, and they are added in six steps.
+inline Sum dot(const Vector& a, const Vector& b) {
+    Sum sum;
+    for (size_t i = 0; i < a.size(); ++i) {
+        sum.value += a[i] * b[i];
+        sum.magnitude += std::fabs(a[i] * b[i]);
+    }
+    sum.roundings = double(a.size()) / 64 + 7;
+    sum.underflow = kSmallest;
+    return sum;
+}
+
+// x / rms(x) * weight. A square root halves what its argument is wrong by, and three roundings follow it.
+inline std::vector<Sum> normalize(const Vector& x, const Vector& weight, double eps) {
+    const Sum squares = dot(x, x);
+    const double scale = 1 / std::sqrt(squares.value / double(x.size()) + eps);
+    std::vector<Sum> out;
+    for (size_t i = 0; i < x.size(); ++i) {
+        const double y = x[i] * scale * weight[i];
+        out.push_back({y, std::fabs(y), (squares.roundings + 2) / 2 + 4, kSmallest * (1 + std::fabs(weight[i])), 0});
+    }
+    return out;
+}
+
+// Scores to weights that add up to one. The difference from the highest score is rounded, and the exponential is wrong
+// by 2 ulp; below e^-87 it stops falling. Then the weights' sum, in 16 lanes, and a division.
+inline std::vector<Sum> softmax(const std::vector<Sum>& scores) {
+    double highest = scores[0].value, sum = 0, wrong = 0;
+    for (const Sum& score : scores) highest = std::max(highest, score.value);
+    std::vector<Sum> out;
+    for (const Sum& score : scores) {
+        const double below = highest - score.value, e = std::exp(-below);
+        const double off = e * std::expm1(score.bound() + kHalfUlp * std::min(below, 88.0)) + std::exp(-87.0);
+        out.push_back({e, e, 0, kSmallest, off});
+        sum += e;
+        wrong += off;
+    }
+    for (Sum& weight : out) {
+        weight.value /= sum;
+        weight.magnitude = weight.value;
+        weight.roundings = 2 * 4 + double(scores.size()) / 16 + 7;
+        weight.carried = weight.carried / sum + weight.value * wrong / sum;
+    }
+    return out;
+}
+
+// What one query sees: columns of the values, weighed by the softmax of query times keys / sqrt(dim).
+inline std::vector<Sum> attend(const Vector& query, const std::vector<Vector>& keys,
+                               const std::vector<Vector>& values) {
+    const double scale = 1 / std::sqrt(double(query.size()));
+    std::vector<Sum> scores;
+    for (const Vector& key : keys) {
+        Sum score = dot(query, key);
+        score.roundings = double(query.size()) / 16 + 8;  // 16 lanes here, and the scale's own
+        score.value *= scale;
+        score.magnitude *= scale;
+        scores.push_back(score);
+    }
+    const std::vector<Sum> weights = softmax(scores);
+    std::vector<Sum> out(query.size());
+    for (size_t c = 0; c < query.size(); ++c) {
+        for (size_t i = 0; i < keys.size(); ++i) {
+            const double size = std::fabs(values[i][c]);
+            out[c].value += weights[i].value * values[i][c];
+            out[c].magnitude += weights[i].value * size;
+            out[c].carried += weights[i].carried * size;
+            out[c].underflow += kSmallest * (1 + size);
+        }
+        out[c].roundings = weights[0].roundings + double(keys.size());
+    }
+    return out;
+}
+
+// Two numbers of a head, turned; each product and each sum is rounded to float32.
+inline std::array<float, 2> turn(float a, float b, float cosine, float sine) {
+    const auto times = [](double x, double y) { return double(float(x * y)); };
+    return {float(times(a, cosine) - times(b, sine)), float(times(a, sine) + times(b, cosine))};
+}
+
+// Logits' indices, best first: NaN above all, the lower index of equal ones.
+inline std::vector<int64_t> best(const float* logits, int64_t n) {
+    std::vector<int64_t> order;
+    for (int64_t i = 0; i < n; ++i) order.push_back(i);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+        return std::isnan(logits[a]) ? !std::isnan(logits[b]) : logits[a] > logits[b];
+    });
+    return order;
+}
 
 }  // namespace reference

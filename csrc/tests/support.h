@@ -4,13 +4,17 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <array>
 #include <bit>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
+#include <limits>
 #include <random>
 #include <string>
 
+#include "../pool.h"
 #include "reference.h"
 
 namespace support {
@@ -124,6 +128,23 @@ struct Weights {
     }
 };
 
+using Three = std::array<Format, 3>;  // of w1, w3 and w2
+
+struct Layer {
+    int64_t dim, hidden_dim;
+    std::deque<Weights> weights;  // w1, w3, w2 of each expert
+    std::vector<Expert> experts;
+
+    Layer(const Three& formats, int64_t n, int64_t D, int64_t H, Random& random) : dim(D), hidden_dim(H) {
+        for (int64_t e = 0; e < n; ++e) {
+            const Matrix& w1 = weights.emplace_back(formats[0], H, D, random).matrix;
+            const Matrix& w3 = weights.emplace_back(formats[1], H, D, random).matrix;
+            const Matrix& w2 = weights.emplace_back(formats[2], D, H, random).matrix;
+            experts.push_back({w1, w3, w2});
+        }
+    }
+};
+
 // Tokens of several kinds, in turn.
 inline void fill_token(float* x, int64_t n, int64_t kind, Random& random) {
     for (int64_t i = 0; i < n; ++i) {
@@ -139,35 +160,138 @@ inline void fill_token(float* x, int64_t n, int64_t kind, Random& random) {
     }
 }
 
-inline Rows floats(float* data, int64_t count, int64_t cols) { return {Float::f32, data, count, cols}; }
-inline Rows halves(uint16_t* data, int64_t count, int64_t cols) { return {Float::bf16, data, count, cols}; }
+// A number in memory is a float or the bits of a bfloat16.
+inline double value(float x) { return x; }
+inline double value(uint16_t x) { return reference::bf16_value(x); }
+
+template <class T>
+T rounded(float x) {
+    if constexpr (sizeof(T) == 4) return x;
+    return T(reference::to_bf16(x));
+}
+
+template <class T>
+T random_number(Random& random) {
+    if constexpr (sizeof(T) == 4) return random.normal();
+    return T(random.bf16());
+}
+
+template <class T>
+const char* name_of_type() {
+    return sizeof(T) == 4 ? "float32" : "bfloat16";
+}
+
+template <class T>
+constexpr T nan() {
+    if constexpr (sizeof(T) == 4) return std::numeric_limits<float>::quiet_NaN();
+    return 0x7fc0;
+}
+
+template <class T>
+void fill(const Guarded<T>& to, Random& random) {
+    for (T& x : to) x = random_number<T>(random);
+}
+
+template <class T>
+Numbers numbers(const T* data) {
+    return {sizeof(T) == 4 ? Float::f32 : Float::bf16, data};
+}
+
+template <class T>
+Rows rows_of(T* data, int64_t count, int64_t cols) {
+    return {numbers(data).dtype, data, count, cols};
+}
+
+template <class T>
+reference::Vector values_of(const T* x, int64_t n) {
+    reference::Vector out;
+    for (int64_t i = 0; i < n; ++i) out.push_back(value(x[i]));
+    return out;
+}
 
 // Results are expected in memory that held something else.
-inline void spoil(const Guarded<float>& y) { std::fill(y.begin(), y.end(), -12345.0f); }
+template <class T>
+void spoil(const Guarded<T>& y) {
+    std::fill(y.begin(), y.end(), rounded<T>(-12345.0f));
+}
 
-inline void expect_same_bits(const float* got, const float* wanted, int64_t n, int64_t cols, const char* as) {
-    for (int64_t i = 0; i < n; ++i) {
-        const bool same = std::memcmp(got + i, wanted + i, 4) == 0;
-        if (!expect(same, "y[%ld][%ld] is %.9g, but %.9g %s", long(i / cols), long(i % cols), double(got[i]),
-                    double(wanted[i]), as)) {
-            return;
-        }
+template <class T>
+void expect_same_bits(const T* got, const T* wanted, int64_t n, int64_t cols, const char* as) {
+    const bool same = std::memcmp(got, wanted, size_t(n) * sizeof(T)) == 0;
+    for (int64_t i = same ? n : 0; i < n; ++i) {
+        if (std::memcmp(got + i, wanted + i, sizeof(T)) == 0) continue;
+        expect(false, "y[%ld][%ld] is %.9g, but %.9g %s", long(i / cols), long(i % cols), value(got[i]),
+               value(wanted[i]), as);
+        return;
     }
+    ++n_checked;
 }
 
 // The bits are those of the first instruction set.
-inline void expect_same_on_all(const std::vector<float>& got, std::vector<float>& first, int64_t cols) {
-    if (!first.empty()) {
-        return expect_same_bits(got.data(), first.data(), int64_t(got.size()), cols, "with the first set");
+template <class T>
+void expect_same_on_this_machine(const std::vector<T>& got, std::vector<T>& first, int64_t cols) {
+    if (first.empty()) first = got;
+    expect_same_bits(got.data(), first.data(), int64_t(got.size()), cols, "with the first set");
+}
+
+// And every other machine should have them too.
+template <class T>
+void expect_same_on_all(const std::vector<T>& got, std::vector<T>& first, int64_t cols) {
+    if (first.empty()) {
+        for (const T x : got) {
+            uint32_t bits = 0;
+            std::memcpy(&bits, &x, sizeof x);
+            digest = digest * 0x9e3779b97f4a7c15u + bits;
+        }
     }
-    first = got;
-    for (const float f : got) digest = digest * 0x9e3779b97f4a7c15u + std::bit_cast<uint32_t>(f);
+    expect_same_on_this_machine(got, first, cols);
 }
 
 inline bool expect_near(float got, const reference::Sum& sum, int64_t token, int64_t row) {
     const bool near = std::fabs(got - sum.value) <= sum.bound();  // false for NaN
     return expect(near, "y[%ld][%ld] is %.9g, expected %.9g within %.3g", long(token), long(row), double(got),
                   sum.value, sum.bound());
+}
+
+// Calls fn(name) with every instruction set in use, one after another.
+template <class Fn>
+void with_every_set(const std::string& what, const Fn& fn) {
+    for (const std::string& set : available_kernels()) {
+        choose_kernels(set);
+        set_threads(1);
+        const std::string name = what + " " + set;
+        where = name;
+        fn(name);
+    }
+}
+
+// compute(first, count, y) gives rows the bits that they have alone on one thread, in any company, by any threads.
+template <class T, class Fn>
+void expect_same_in_company(const std::string& what, const std::vector<T>& alone, int64_t cols, const Fn& compute) {
+    const int64_t most = int64_t(alone.size()) / cols;
+    const std::vector<int64_t> counts[] = {{2, most}, {1, 3, most}, {2, 3}};  // each on one more thread
+    for (int n = 1; n <= 3; ++n) {
+        set_threads(n);
+        for (const int64_t count : counts[n - 1]) {
+            where = text("%s rows=%ld threads=%d", what.c_str(), long(count), n);
+            Guarded<T> y(count * cols);
+            spoil(y);
+            compute(most - count, count, y.data());
+            expect_same_bits(y.data(), &alone[size_t((most - count) * cols)], y.size(), cols, "alone on one thread");
+        }
+    }
+    set_threads(1);
+    where = what;
+}
+
+// Rows that are harmed are NaN, and the others have kept their bits.
+template <class T, class Fn>
+void expect_harmed(const std::vector<T>& got, const std::vector<T>& wanted, int64_t cols, const Fn& is_harmed) {
+    for (int64_t i = 0; i < int64_t(got.size()); ++i) {
+        const T x = got[size_t(i)], y = wanted[size_t(i)];
+        const bool right = is_harmed(i / cols) ? std::isnan(value(x)) : std::memcmp(&x, &y, sizeof x) == 0;
+        if (!expect(right, "y[%ld][%ld] is %g", long(i / cols), long(i % cols), value(x))) return;
+    }
 }
 
 }  // namespace support

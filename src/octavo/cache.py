@@ -7,7 +7,9 @@ a prompt read in chunks alike (``visible``). Shapes: B rows, T new tokens, S slo
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,24 +31,45 @@ def visible(query_BT: Tensor, key_BS: Tensor, window: int | None) -> Tensor:
     return mask[:, None]
 
 
+@dataclass(eq=False, slots=True)
+class Memory:
+    """A step's cache itself, for kernels that write keys and values to their slots and read them there."""
+
+    k_LBHSK: Tensor  # views of the cache, L layers of it
+    v_LBHSK: Tensor
+    slots_BT: Tensor  # int64, where each new key and value belong
+    mask_BTS: Tensor | None  # bool, what each new token sees once all are there; None for all up to its own slot
+    prepared: Any = None  # what the kernels make of it, for the step's other layers
+
+
 class Step(Protocol):
     """Where one forward's tokens go and what they see: made once a forward, used by every layer.
 
-    ``mask`` is the bool mask [B, 1, T, S] of visible slots, or None where all are visible. ``causal`` stands for the
-    plain lower-triangular mask, so that a fused attention kernel can take over.
+    ``causal`` stands for the plain lower-triangular mask, so that a fused attention kernel can take over.
     """
 
     positions_BT: Tensor
-    mask: Tensor | None
     causal: bool
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The bool mask [B, 1, T, S] of visible slots, or None where all are visible."""
+        ...
 
     def update(self, layer: int, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
         """Store this layer's new keys and values; return all that the queries attend over, [B, H, S, K] each."""
         ...
 
+    @property
+    def memory(self) -> Memory | None:
+        """The cache itself, to be used instead of ``update``; None where it cannot be written before it is read."""
+        ...
+
 
 class NoCache:
     """The step of a forward without a cache: training, and logits at every position."""
+
+    memory = None
 
     def __init__(self, ids_BT: Tensor, positions_BT: Tensor | None, window: int | None) -> None:
         self.causal = positions_BT is None and (window is None or ids_BT.shape[1] <= window)
@@ -202,6 +225,7 @@ class RowView:
             )
         if positions_BT is not None:
             cache.padded[self._rows] = [True] * len(starts)
+            positions_BT = positions_BT.expand(len(starts), tokens)
         else:
             positions_BT = self._next_positions(tokens)
         step = cache._step(self._rows, starts, positions_BT, plain=not any(cache.padded[self._rows]))
@@ -232,11 +256,27 @@ class _GrowingStep:
             first_B = torch.tensor(starts, device=positions_BT.device)
             self._slots_BT = first_B[:, None] + torch.arange(tokens, device=positions_BT.device)
             cache.positions_BS[rows].scatter_(1, self._slots_BT, positions_BT)
-        plain = plain and self._slots_BT is None and (window is None or self._end <= window)
-        self.causal = plain and self._end == tokens and tokens > 1
-        self.mask: Tensor | None = None
-        if not (plain and (tokens == 1 or self.causal)):
-            self.mask = visible(positions_BT, cache.positions_BS[rows, : self._end], window)
+        self._window = window
+        self._in_order = plain and (window is None or self._end <= window)  # a token sees all up to its own slot
+        self._plain = self._in_order and self._slots_BT is None
+        self.causal = self._plain and self._end == tokens and tokens > 1
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """None for a single token in order too."""
+        if self._plain and (self.causal or self.positions_BT.shape[1] == 1):
+            return None
+        return visible(self.positions_BT, self._cache.positions_BS[self._rows, : self._end], self._window)
+
+    @cached_property
+    def memory(self) -> Memory | None:
+        """Views of the slots in use."""
+        slots_BT = self._slots_BT
+        if slots_BT is None:
+            tokens = self.positions_BT.shape[1]
+            slots_BT = torch.arange(self._end - tokens, self._end).expand(self.positions_BT.shape)
+        k_LBHSK, v_LBHSK = (x[:, self._rows, :, : self._end] for x in (self._cache.k_LBHSK, self._cache.v_LBHSK))
+        return Memory(k_LBHSK, v_LBHSK, slots_BT, None if self._in_order or self.mask is None else self.mask[:, 0])
 
     def update(self, layer: int, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
         """Write, and return views of the slots in use."""
@@ -271,6 +311,15 @@ class _RollingStep:
         ring_BS = cache.positions_BS[rows]
         self.mask: Tensor | None = visible(positions_BT, torch.cat((ring_BS, positions_BT), dim=1), window)
         ring_BS.scatter_(1, self._slots_BT, positions_BT[:, -self._kept :])
+
+    @cached_property
+    def memory(self) -> Memory | None:
+        """The ring, for one token a row: what that overwrites lies beyond its window."""
+        if self.positions_BT.shape[1] != 1:
+            return None
+        cache = self._cache
+        mask = visible(self.positions_BT, cache.positions_BS[self._rows], cache.capacity)
+        return Memory(cache.k_LBHSK[:, self._rows], cache.v_LBHSK[:, self._rows], self._slots_BT, mask[:, 0])
 
     def update(self, layer: int, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
         """Return ring and new tokens, [B, H, window + T, K]; then write the ring."""

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from octavo.args import ModelArgs
 from octavo.checkpoint import Checkpoint, open_checkpoint
+from octavo.compiled import IN_PLACE_OF, in_place_of
 from octavo.errors import OptionError
 from octavo.kernels import backend
 from octavo.kernels.modules import KernelExperts, KernelLinear
@@ -153,11 +154,10 @@ class _Weights:
 
 
 def _use_kernels(model: Mixtral, weight: Callable[[str], Weight]) -> None:
-    """Put modules of kernels in the places of matrices and experts; routers, norms and embedding stay."""
+    """Put modules of kernels in the places of all but the embedding."""
     for path, module in list(model.named_modules()):
         if isinstance(module, MoEFeedForward):
-            count = model.args.moe.num_experts if model.args.moe else 0
-            experts = [f"{path}.experts.{e}" for e in range(count)]
+            experts = [f"{path}.experts.{e}" for e in range(module.gate.weight.shape[0])]
             w1, w3, w2 = ([weight(f"{expert}.{w}.weight") for expert in experts] for w in ("w1", "w3", "w2"))
             module.experts = KernelExperts(list(zip(w1, w3, w2, strict=True)))
         elif (
@@ -166,6 +166,10 @@ def _use_kernels(model: Mixtral, weight: Callable[[str], Weight]) -> None:
             and not (path == "output" and model.args.tie_embeddings)
         ):
             model.set_submodule(path, KernelLinear(weight(f"{path}.weight")))
+    for path, module in list(model.named_modules()):
+        for kind, faster in IN_PLACE_OF.items():
+            if type(module) is kind:
+                model.set_submodule(path, in_place_of(module, faster))
 
 
 class _NoInit(TorchFunctionMode):

@@ -6,9 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,60 +15,12 @@ from torch import nn
 from octavo.engine import Engine
 from octavo.kernels import backend, dot_peak, read_bandwidth, threads
 from octavo.kernels.modules import KernelExperts, KernelLinear
-from octavo.kernels.ops import Matrix
-from octavo.model import Mixtral, MoEFeedForward, Router, Routing
+from octavo.kernels.ops import Matrix, spent
+from octavo.model import Mixtral
 from octavo.sampling import SamplingParams
 
 STEPS_BETWEEN_READS = 8
 """Decode steps between two readings of the limit: the machine's bandwidth changes within seconds."""
-
-
-@dataclass
-class Watch:
-    """What modules tell while they run.
-
-    Attributes:
-        kernel_seconds: spent in kernels.
-        expert_bytes: of the experts that were chosen, each counted once a step and layer.
-    """
-
-    kernel_seconds: float = 0.0
-    expert_bytes: int = 0
-    _started: float = field(default=0.0, repr=False)
-
-    def before(self, *_: Any) -> None:
-        """A kernel begins."""
-        self._started = time.perf_counter()
-
-    def after(self, *_: Any) -> None:
-        """A kernel ends."""
-        self.kernel_seconds += time.perf_counter() - self._started
-
-
-@contextmanager
-def watching(model: Mixtral) -> Iterator[Watch]:
-    """Hooks on kernels and routers, for as long as the context lasts."""
-    watch, hooks = Watch(), []
-    for module in model.modules():
-        if isinstance(module, KernelLinear | KernelExperts):
-            hooks += [module.register_forward_pre_hook(watch.before), module.register_forward_hook(watch.after)]
-    for module in model.modules():
-        if isinstance(module, MoEFeedForward) and isinstance(module.experts, KernelExperts):
-            hooks.append(module.gate.register_forward_hook(_counter(watch, module.experts)))
-    try:
-        yield watch
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _counter(watch: Watch, experts: KernelExperts) -> Any:
-    sizes = torch.tensor([sum(m.nbytes for m in expert) for expert in experts.experts.experts])
-
-    def count(module: Router, inputs: Any, routing: Routing) -> None:
-        watch.expert_bytes += int(sizes[torch.unique(routing.topk_ids_TK)].sum())
-
-    return count
 
 
 def matrices(model: nn.Module) -> list[Matrix]:
@@ -147,38 +97,33 @@ class Bench:
             engine.add(self._prompt(16, row + 1), params)
         for _ in range(self.batch + 2):
             engine.step()
-        weights, fixed = matrices(self.model), self._fixed_bytes()
+        weights = matrices(self.model)
         rates: list[float] = []
         limits: list[float] = []
         fractions: list[float] = []
-        seconds_of_steps = bytes_of_steps = kernel_seconds = 0.0
+        seconds_of_steps = bytes_of_steps = seconds_in_products = 0.0
         left = self.decode
         while left > 0:
             steps = min(left, STEPS_BETWEEN_READS)
-            with watching(self.model) as watch:
-                started = time.perf_counter()
-                for _ in range(steps):
-                    engine.step()
-                seconds = time.perf_counter() - started
+            before, started = spent(), time.perf_counter()
+            for _ in range(steps):
+                engine.step()
+            seconds, after = time.perf_counter() - started, spent()
             limit = read_bandwidth(weights)
-            nbytes = steps * fixed + watch.expert_bytes
+            nbytes = after[1] - before[1]
             rates.append(self.batch * steps / seconds)
             limits.append(limit)
             fractions.append(nbytes / seconds / limit)
             seconds_of_steps, bytes_of_steps = seconds_of_steps + seconds, bytes_of_steps + nbytes
-            kernel_seconds += watch.kernel_seconds
+            seconds_in_products += after[0] - before[0]
             left -= steps
         return {
             "decode_tok_s": statistics.median(rates),
             "bytes_per_token": round(bytes_of_steps / self.decode / self.batch),
             "read_limit_gbs": statistics.median(limits) / 1e9,
             "decode_fraction_of_limit": statistics.median(fractions),
-            "outside_kernels_fraction": 1 - kernel_seconds / seconds_of_steps,
+            "outside_kernels_fraction": 1 - seconds_in_products / seconds_of_steps,
         }
-
-    def _fixed_bytes(self) -> int:
-        """Bytes that every step reads: attention and head; dense feed-forward blocks."""
-        return sum(m.matrix.nbytes for m in self.model.modules() if isinstance(m, KernelLinear))
 
     def _head_params(self) -> int:
         return self.model.args.vocab_size * self.model.args.dim

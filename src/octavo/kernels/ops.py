@@ -14,7 +14,18 @@ from octavo.kernels.backend import native
 from octavo.kernels.reference import Weight
 from octavo.quant.formats import Packed
 
-__all__ = ["ExpertSet", "Matrix", "Weight", "dot_peak", "linear", "moe", "read_bandwidth"]
+__all__ = [
+    "ExpertSet",
+    "Matrix",
+    "Weight",
+    "dot_peak",
+    "linear",
+    "moe",
+    "normalize",
+    "read_bandwidth",
+    "route",
+    "spent",
+]
 
 
 class Matrix:
@@ -55,6 +66,48 @@ class ExpertSet:
         self.native = module.Experts(made) if module else None
 
 
+def normalize(x_TD: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """Return x / rms(x) * norm in x's dtype; see `octavo.model.RMSNorm`. Compiled kernels only.
+
+    Raises:
+        OptionError: shapes or dtypes do not fit, or there are no compiled kernels.
+    """
+    module = compiled()
+    x_TD, is_bf16 = activations(x_TD, norm.shape[0])
+    same_dtype(x_TD, norm)
+    norm = norm.contiguous()
+    y_TD = torch.empty_like(x_TD)
+    tokens = x_TD.numel() // x_TD.shape[-1]
+    module.normalize(is_bf16, x_TD.data_ptr(), tokens, x_TD.shape[-1], norm.data_ptr(), eps, y_TD.data_ptr())
+    return y_TD
+
+
+def route(x_TD: Tensor, gate_ED: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose experts as `octavo.model.Router` does. Compiled kernels only.
+
+    Args:
+        x_TD: float32 or bfloat16.
+        gate_ED: float32 or bfloat16, the router's weight.
+        top_k: experts a token.
+
+    Returns:
+        ids [T, K], int64; weights [T, K] and logits [T, E], float32.
+
+    Raises:
+        OptionError: shapes or dtypes do not fit, or there are no compiled kernels.
+    """
+    module = compiled()
+    check_top_k(gate_ED, top_k)
+    x_TD, is_bf16 = activations(x_TD, gate_ED.shape[1])
+    gate_ED, gate_is_bf16 = activations(gate_ED, gate_ED.shape[1])
+    (T, D), E = x_TD.shape, gate_ED.shape[0]
+    ids_TK = torch.empty(T, top_k, dtype=torch.int64)
+    weights_TK, logits_TE = torch.empty(T, top_k), torch.empty(T, E)
+    pointers = (ids_TK.data_ptr(), weights_TK.data_ptr(), logits_TE.data_ptr())
+    module.route(is_bf16, x_TD.data_ptr(), T, gate_is_bf16, gate_ED.data_ptr(), E, D, top_k, *pointers)
+    return ids_TK, weights_TK, logits_TE
+
+
 def linear(x: Tensor, w: Matrix | Weight) -> Tensor:
     """Return x @ w.T.
 
@@ -69,7 +122,7 @@ def linear(x: Tensor, w: Matrix | Weight) -> Tensor:
         OptionError: shapes or dtypes do not fit.
     """
     w = w if isinstance(w, Matrix) else Matrix(w)
-    x, is_bf16 = _activations(x, w.cols)
+    x, is_bf16 = activations(x, w.cols)
     module = native()
     if module is None or w.native is None:
         return reference.linear(x, w.weight)
@@ -93,7 +146,7 @@ def moe(x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: Exp
     Raises:
         OptionError: shapes or dtypes do not fit.
     """
-    x_TD, is_bf16 = _activations(x_TD, experts.experts[0][0].cols)
+    x_TD, is_bf16 = activations(x_TD, experts.experts[0][0].cols)
     T, K = topk_ids_TK.shape
     if topk_weights_TK.shape != (T, K) or x_TD.shape[0] != T:
         raise OptionError(
@@ -109,13 +162,23 @@ def moe(x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: Exp
     return y_TD
 
 
+def spent() -> tuple[float, int]:
+    """Return the seconds that this process has spent in products with weights, and the bytes of these weights.
+
+    Raises:
+        OptionError: there are no compiled kernels.
+    """
+    seconds, nbytes = compiled().spent()
+    return seconds, nbytes
+
+
 def read_bandwidth(matrices: Sequence[Matrix]) -> float:
     """Read the matrices once with the kernels' threads, and return bytes per second.
 
     Raises:
         OptionError: there are no compiled kernels.
     """
-    return float(_compiled().read_bandwidth([matrix.native for matrix in matrices]))
+    return float(compiled().read_bandwidth([matrix.native for matrix in matrices]))
 
 
 def dot_peak(seconds: float = 0.2) -> float:
@@ -124,20 +187,35 @@ def dot_peak(seconds: float = 0.2) -> float:
     Raises:
         OptionError: there are no compiled kernels.
     """
-    return float(_compiled().dot_peak(seconds))
+    return float(compiled().dot_peak(seconds))
 
 
-def _compiled() -> ModuleType:
+def compiled() -> ModuleType:
+    """The compiled module; OptionError where there is none."""
     module = native()
     if module is None:
         raise OptionError(
-            "the machine's limits are measured by compiled kernels, and there are none here",
+            "this needs the compiled kernels, and there are none here",
             hint="install a C++ compiler, then Octavo again",
         )
     return module
 
 
-def _activations(x: Tensor, cols: int) -> tuple[Tensor, bool]:
+def check_top_k(gate_ED: Tensor, top_k: int) -> None:
+    """Raise OptionError unless a router with this weight can choose so many."""
+    if gate_ED.dim() != 2 or not 1 <= top_k <= gate_ED.shape[0]:
+        raise OptionError(f"{top_k} experts a token are to be chosen by a router {list(gate_ED.shape)}")
+
+
+def same_dtype(x: Tensor, *others: Tensor) -> None:
+    """Raise OptionError unless all are of x's dtype, on its device."""
+    for other in others:
+        if other.dtype != x.dtype or other.device != x.device:
+            raise OptionError(f"tensors are {x.dtype} on {x.device} and {other.dtype} on {other.device}; expected one")
+
+
+def activations(x: Tensor, cols: int) -> tuple[Tensor, bool]:
+    """x, contiguous, and whether it is bfloat16; OptionError where kernels cannot take it."""
     if x.shape[-1] != cols or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         raise OptionError(
             f"activations are {x.dtype} {list(x.shape)} on {x.device}; "

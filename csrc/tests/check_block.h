@@ -1,0 +1,6 @@
+// The checks of a decode step: of what it is made of, and of its operations.
+#pragma once
+
+void check_parts(bool thoroughly);
+void check_block(bool thoroughly);
+void check_block_callers(int rounds);  // several at once, while the number of threads changes
