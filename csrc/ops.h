@@ -73,7 +73,7 @@ struct Cache {
     int64_t layer_stride, row_stride, head_stride, slot_stride;
     int64_t tokens, end;   // slots 0..end - 1 are there
     const int64_t* slots;  // where each token's key and value go
-    const bool* mask;      // [token, end], what each sees; null where that is all up to its own slot
+    const bool* mask;      // [token, end], what each sees, nothing of later tokens; null for all up to its own slot
 };
 
 // y = norm(x)
