@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from octavo import kernels
-from octavo.bench.synthetic import synthetic_model
+from octavo.bench.synthetic import synthetic_model, synthetic_store
 from octavo.llm import shipped_model
+from octavo.load import load_model
 from octavo.shapes import SHAPES, shape
 from run_octavo import refused, run
 
@@ -55,6 +57,16 @@ def test_synthetic_models_are_the_same_for_a_seed_and_keep_their_activations() -
     one, again = (synthetic_model(shape("menny"), 4, seed=5)(ids) for _ in range(2))
     assert torch.equal(one, again)
     assert 0.1 < one.std() < 10
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_synthetic_stores_are_whole_and_keep_their_activations(bits: int, tmp_path: Path) -> None:
+    args = shape("menny", 2)
+    synthetic_store(args, bits, tmp_path / "store")
+    model, tokenizer = load_model(tmp_path / "store")  # which compares every checksum
+    assert tokenizer is None
+    assert model.args == args
+    assert 0.1 < model(torch.arange(300, 340)[None]).std() < 10
 
 
 def test_shapes_are_those_of_the_models() -> None:

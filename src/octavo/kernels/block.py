@@ -23,7 +23,7 @@ class BlockStep:
         k_LBGSK: keys by layer, row, key-value head and slot; is written to. Numbers of a head are adjacent.
         v_LBGSK: values, lying alike.
         slots_BT: int64, where each new key and value go.
-        mask_BTS: bool, the slots that each token sees, its own at least, and of no later token; None for all up to its own.
+        mask_BTS: bool, the slots that each token sees, its own at least, no later token's; None for all up to its own.
         rotation: complex64, head_dim / 2 numbers for each of B * T tokens; see `octavo.model.rotary_embedding`.
 
     Raises:
