@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
+from octavo import kernels
 from octavo.args import ModelArgs, MoEArgs
 from octavo.model import Mixtral
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+needs_compiled = pytest.mark.skipif(
+    not kernels.backend().compiled, reason=f"no compiled kernels: {kernels.backend().reason}"
+)
+
+
+@pytest.fixture
+def own_kernels() -> Iterator[None]:
+    """A test may choose kernels and their threads; others find them as they were."""
+    threads = kernels.threads()
+    yield
+    kernels.use(None)
+    kernels.set_threads(threads)
 
 
 def tiny_args(**changes: object) -> ModelArgs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import tiny_args
+from conftest import needs_compiled, tiny_args
 from octavo import kernels
 from octavo.args import MoEArgs
 from octavo.bench.synthetic import synthetic_model
@@ -20,19 +20,9 @@ from octavo.kernels.block import Block, BlockStep, Heads
 from octavo.kernels.ops import Matrix, normalize, route, spent
 from octavo.model import RMSNorm, Router, Routing
 
-pytestmark = pytest.mark.skipif(
-    not kernels.backend().compiled, reason=f"no compiled kernels: {kernels.backend().reason}"
-)
+pytestmark = [needs_compiled, pytest.mark.usefixtures("own_kernels")]
 BITS = (16, 8, 4, 3, 2)
 FLOATS = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    threads = kernels.threads()
-    yield
-    kernels.use(None)
-    kernels.set_threads(threads)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from conftest import tiny_args
+from conftest import needs_compiled, tiny_args
 from octavo import kernels
 from octavo.args import MoEArgs
 from octavo.bench.synthetic import synthetic_model
@@ -29,19 +29,9 @@ from octavo.quant.formats import FORMATS
 from octavo.quant.quantize import dequantize, quantize
 from octavo.sampling import SamplingParams
 
-pytestmark = pytest.mark.skipif(
-    not kernels.backend().compiled, reason=f"no compiled kernels: {kernels.backend().reason}"
-)
+pytestmark = [needs_compiled, pytest.mark.usefixtures("own_kernels")]
 BITS = (16, 8, 4, 3, 2)
 FLOATS = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    threads = kernels.threads()
-    yield
-    kernels.use(None)
-    kernels.set_threads(threads)
 
 
 def made(bits: int, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Mixtral:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import needs_compiled
 from octavo import kernels
 from octavo.errors import OptionError
 from octavo.kernels import reference
@@ -21,17 +21,8 @@ from octavo.kernels.modules import KernelExperts, KernelLinear
 from octavo.quant.formats import FORMATS, Packed
 from octavo.quant.quantize import dequantize, quantize
 
-COMPILED = kernels.backend().compiled
-needs_compiled = pytest.mark.skipif(not COMPILED, reason=f"no compiled kernels: {kernels.backend().reason}")
 KINDS = (*FORMATS, "bf16")
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    threads = kernels.threads()
-    yield
-    kernels.use(None)
-    kernels.set_threads(threads)
+pytestmark = pytest.mark.usefixtures("own_kernels")
 
 
 def random_weight(kind: str, rows: int, cols: int, seed: int = 0) -> Packed | Tensor:
@@ -212,7 +203,7 @@ def run_python(code: str, **env: str) -> str:
 
 def test_threads_follow_the_environment_and_the_cores() -> None:
     show = "from octavo import kernels; print(kernels.threads())"
-    expected = "3" if COMPILED else "1"
+    expected = "3" if kernels.backend().compiled else "1"
     assert run_python(show, OMP_NUM_THREADS="3") == expected
     assert int(run_python(show, OMP_NUM_THREADS="")) <= len(os.sched_getaffinity(0))
 
