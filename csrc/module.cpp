@@ -78,6 +78,12 @@ NB_MODULE(_native, m) {
         }
         moe(rows(bf16, x, T, D), chosen, reinterpret_cast<const float*>(weights), K, experts.list, rows(bf16, y, T, D));
     });
+    m.def("moe_part", [](bool bf16, uintptr_t x, int64_t T, int64_t D, uintptr_t ids, uintptr_t weights, int64_t K,
+                         int64_t id, const Expert& expert, uintptr_t y) {
+        nb::gil_scoped_release unlocked;
+        const auto *chosen = reinterpret_cast<const int64_t*>(ids);
+        moe_part(rows(bf16, x, T, D), chosen, reinterpret_cast<const float*>(weights), K, id, expert, rows(false, y, T, D));
+    });
     m.def("route", [](bool bf16, uintptr_t x, int64_t T, bool gate_bf16, uintptr_t gate, int64_t E, int64_t D, int64_t K,
                       uintptr_t ids, uintptr_t weights, uintptr_t logits) {
         nb::gil_scoped_release unlocked;

@@ -17,17 +17,20 @@ struct Share {
     std::unique_ptr<Activations> hidden;
 };
 
+// By number; null is left out, and so is what lies behind the end.
+using Experts = std::vector<const Expert*>;
+
 // By rising expert.
-std::vector<Share> shares_of(const int64_t* ids, const float* weights, int64_t T, int64_t K,
-                             const std::vector<Expert>& experts) {
+std::vector<Share> shares_of(const int64_t* ids, const float* weights, int64_t T, int64_t K, const Experts& experts) {
     std::vector<Share> all(experts.size());
     for (int64_t i = 0; i < T * K; ++i) {
+        if (ids[i] >= int64_t(experts.size()) || !experts[size_t(ids[i])]) continue;
         Share& share = all[size_t(ids[i])];
         if (!share.tokens.empty() && share.tokens.back() == i / K) {  // named twice; a token is in a share once
             share.weights.back() += weights[i];
             continue;
         }
-        share.expert = &experts[size_t(ids[i])];
+        share.expert = experts[size_t(ids[i])];
         share.tokens.push_back(i / K);
         share.weights.push_back(weights[i]);
     }
@@ -104,8 +107,9 @@ void gate_and_up(std::vector<Share>& shares, int64_t chunk, Workspace& space) {
     });
 }
 
-// The weighted sum of w2 h: a task owns some columns of every token.
-void down(const std::vector<Share>& shares, int64_t chunk, int64_t T, Rows y, int64_t begin, Workspace& space) {
+// The weighted sum of w2 h, perhaps on top of y: a task owns some columns of every token.
+void down(const std::vector<Share>& shares, int64_t chunk, int64_t T, Rows y, int64_t begin, bool onto,
+          Workspace& space) {
     const int64_t panels = ceil_div(y.cols, kPanelRows);
     parallel(ceil_div(panels, chunk), [&](int64_t task, int thread) {
         const int64_t begin_panel = task * chunk, first = begin_panel * kPanelRows;
@@ -113,6 +117,10 @@ void down(const std::vector<Share>& shares, int64_t chunk, int64_t T, Rows y, in
         const int64_t width = (end - begin_panel) * kPanelRows, cols = std::min(width, y.cols - first);
         float *sum = space.floats(thread), *part = sum + T * width;
         std::fill(sum, part, 0.0f);
+        for (int64_t t = 0; onto && t < T; ++t) {
+            const float* there = static_cast<float*>(y.data) + (begin + t) * y.cols + first;
+            std::copy(there, there + cols, sum + t * width);
+        }
         for (const Share& share : shares) {
             rows_times(*share.hidden, share.expert->w2, first, width, part, width, space.span(thread));
             for (size_t i = 0; i < share.tokens.size(); ++i) {
@@ -125,9 +133,7 @@ void down(const std::vector<Share>& shares, int64_t chunk, int64_t T, Rows y, in
     });
 }
 
-}  // namespace
-
-void moe(Rows x, const int64_t* ids, const float* weights, int64_t K, const std::vector<Expert>& experts, Rows y) {
+void run(Rows x, const int64_t* ids, const float* weights, int64_t K, const Experts& experts, Rows y, bool onto) {
     const Turn turn;
     Stopwatch watch;
     for (int64_t begin = 0; begin < x.count; begin += kTokensAtATime) {
@@ -144,8 +150,22 @@ void moe(Rows x, const int64_t* ids, const float* weights, int64_t K, const std:
         Workspace space(2 * T * std::max(hidden, panels * kPanelRows), many);
         prepare(shares, x, begin, T);
         gate_and_up(shares, hidden, space);
-        down(shares, panels, T, y, begin, space);
+        down(shares, panels, T, y, begin, onto, space);
     }
+}
+
+}  // namespace
+
+void moe(Rows x, const int64_t* ids, const float* weights, int64_t K, const std::vector<Expert>& experts, Rows y) {
+    Experts all;
+    for (const Expert& expert : experts) all.push_back(&expert);
+    run(x, ids, weights, K, all, y, false);
+}
+
+void moe_part(Rows x, const int64_t* ids, const float* weights, int64_t K, int64_t id, const Expert& expert, Rows y) {
+    Experts one(size_t(id) + 1);
+    one.back() = &expert;
+    run(x, ids, weights, K, one, y, true);
 }
 
 }  // namespace octavo

@@ -45,6 +45,9 @@ void linear(Rows x, const Matrix& w, Rows y);
 // added up in float32 by rising expert.
 void moe(Rows x, const int64_t* ids, const float* weights, int64_t K, const std::vector<Expert>& experts, Rows y);
 
+// One expert's part of that, added to y, which is float32: all of them by rising number give the same bits as at once.
+void moe_part(Rows x, const int64_t* ids, const float* weights, int64_t K, int64_t id, const Expert& expert, Rows y);
+
 // What a block does around the products. Numbers are rounded to x's dtype wherever torch would store them.
 
 // x / rms(x) * weight

@@ -14,6 +14,7 @@ from octavo.args import ModelArgs
 from octavo.checkpoint import Checkpoint, open_checkpoint
 from octavo.compiled import IN_PLACE_OF, in_place_of
 from octavo.errors import OptionError
+from octavo.experts import ExpertCache, StreamedExperts
 from octavo.kernels import backend
 from octavo.kernels.modules import KernelExperts, KernelLinear
 from octavo.kernels.ops import Weight
@@ -21,6 +22,7 @@ from octavo.model import Mixtral, MoEFeedForward
 from octavo.quant.formats import FORMATS, Packed
 from octavo.quant.presets import preset
 from octavo.quant.quantize import quantize
+from octavo.storage.files import Place, place_of
 from octavo.tokenizer import Tokenizer
 
 FLOATS = {
@@ -32,6 +34,8 @@ FLOATS = {
     "fp16": torch.float16,
 }
 MAX_COPIED = 1 << 20  # bytes
+Expert = tuple[Weight, Weight, Weight]
+"""w1, w3 and w2."""
 
 
 def load_model(
@@ -75,6 +79,7 @@ def build_model(
     device: torch.device | str | None = None,
     bits: int | str | None = None,
     kernels: bool = False,
+    expert_memory: int | None = None,
 ) -> Mixtral:
     """Make a model of a checkpoint's tensors; see `load_model`.
 
@@ -85,6 +90,12 @@ def build_model(
         bits: see `load_model`.
         kernels: on a CPU, compute with bfloat16 weights by Octavo's kernels too. The model then has no parameters
             for them, and cannot be trained or moved.
+        expert_memory: bytes for experts, which are read from the disk when tokens choose them; the same bits as with
+            all of them in memory, which is the default. For stores, and for bfloat16 weights on a CPU.
+
+    Raises:
+        OptionError: experts are not kept on the disk as they are computed with, or so many bytes hold too few.
+        UserError: what `load_model` raises.
     """
     wanted = parse_dtype(dtype)
     checkpoint.check()
@@ -96,17 +107,33 @@ def build_model(
     wanted = wanted or checkpoint.info("tok_embeddings.weight").dtype
 
     def plain(name: str) -> Tensor:
-        return _aligned(checkpoint.read(name).to(device=place, dtype=wanted).contiguous())
+        tensor = _aligned(checkpoint.read(name).to(device=place, dtype=wanted).contiguous())
+        # What is not read when it is needed must not go away with the file.
+        return tensor if expert_memory is None or ".experts." in name else tensor.clone()
 
     def weight(name: str) -> Weight:
         packed = weights.packed(name)
-        return plain(name) if packed is None else packed
+        if packed is None:
+            return plain(name)
+        return packed if expert_memory is None or ".experts." in name else packed._replace(data=packed.data.clone())
 
-    kernels = kernels and place.type == "cpu" and wanted == torch.bfloat16 and backend().compiled
-    return assemble(checkpoint.args, plain, weight if kernels or weights.low_bit else None)
+    kernels = (
+        (kernels or expert_memory is not None)
+        and place.type == "cpu"
+        and wanted == torch.bfloat16
+        and backend().compiled
+    )
+    if expert_memory is not None and not (kernels or weights.low_bit):
+        raise OptionError("experts are read from the disk for the CPU's kernels, which compute with bfloat16 or less")
+    return assemble(checkpoint.args, plain, weight if kernels or weights.low_bit else None, expert_memory)
 
 
-def assemble(args: ModelArgs, plain: Callable[[str], Tensor], weight: Callable[[str], Weight] | None = None) -> Mixtral:
+def assemble(
+    args: ModelArgs,
+    plain: Callable[[str], Tensor],
+    weight: Callable[[str], Weight] | None = None,
+    expert_memory: int | None = None,
+) -> Mixtral:
     """Put a model together.
 
     Args:
@@ -114,6 +141,7 @@ def assemble(args: ModelArgs, plain: Callable[[str], Tensor], weight: Callable[[
         plain: gives a parameter by its canonical name.
         weight: gives a matrix for `octavo.kernels` by its canonical name: of attention, experts and output. By default
             they are parameters like the others.
+        expert_memory: see `build_model`; what ``weight`` gives for experts then lies in mapped files.
 
     Returns:
         The model in evaluation mode.
@@ -121,7 +149,7 @@ def assemble(args: ModelArgs, plain: Callable[[str], Tensor], weight: Callable[[
     with torch.device("meta"), _NoInit():
         model = Mixtral(args)
     if weight is not None:
-        _use_kernels(model, weight)
+        _use_kernels(model, weight, expert_memory)
     with torch.no_grad():
         for name in dict(model.named_parameters()):  # tied parameters appear once
             _assign(model, name, plain(name))
@@ -153,23 +181,44 @@ class _Weights:
         return None if chosen is None else quantize(self._checkpoint.read(name), FORMATS[chosen], name=name)
 
 
-def _use_kernels(model: Mixtral, weight: Callable[[str], Weight]) -> None:
+def _use_kernels(model: Mixtral, weight: Callable[[str], Weight], expert_memory: int | None) -> None:
     """Put modules of kernels in the places of all but the embedding."""
+    mixtures: list[tuple[MoEFeedForward, list[Expert]]] = []
     for path, module in list(model.named_modules()):
         if isinstance(module, MoEFeedForward):
-            experts = [f"{path}.experts.{e}" for e in range(module.gate.weight.shape[0])]
-            w1, w3, w2 = ([weight(f"{expert}.{w}.weight") for expert in experts] for w in ("w1", "w3", "w2"))
-            module.experts = KernelExperts(list(zip(w1, w3, w2, strict=True)))
+            names = [f"{path}.experts.{e}" for e in range(module.gate.weight.shape[0])]
+            w1, w3, w2 = ([weight(f"{name}.{w}.weight") for name in names] for w in ("w1", "w3", "w2"))
+            mixtures.append((module, list(zip(w1, w3, w2, strict=True))))
         elif (
             isinstance(module, nn.Linear)
             and ".experts." not in path
             and not (path == "output" and model.args.tie_embeddings)
         ):
             model.set_submodule(path, KernelLinear(weight(f"{path}.weight")))
+    if expert_memory is not None and not mixtures:
+        raise OptionError("the model has no experts that could be read from the disk", hint="leave expert_memory out")
+    cache = None if expert_memory is None else _expert_cache([experts for _, experts in mixtures], expert_memory)
+    for layer, (module, experts) in enumerate(mixtures):
+        module.experts = KernelExperts(experts) if cache is None else StreamedExperts(layer, experts, cache)
     for path, module in list(model.named_modules()):
         for kind, faster in IN_PLACE_OF.items():
             if type(module) is kind:
                 model.set_submodule(path, in_place_of(module, faster))
+
+
+def _expert_cache(layers: list[list[Expert]], budget: int) -> ExpertCache:
+    places: dict[tuple[int, int], list[Place]] = {}
+    for layer, experts in enumerate(layers):
+        for number, expert in enumerate(experts):
+            found = [place_of(weight.data) for weight in expert]
+            places[layer, number] = [place for place in found if place is not None]
+            if None in found:
+                raise OptionError(
+                    f"expert {number} of layer {layer} is not kept on the disk as it is computed with, "
+                    "and cannot be read when it is needed",
+                    hint="make a store of the checkpoint: octavo quantize SRC DST --bits 4",
+                )
+    return ExpertCache(places, budget)
 
 
 class _NoInit(TorchFunctionMode):

@@ -17,7 +17,7 @@ import octavo
 from octavo.cli.terminal import INTERRUPTED, tell_error
 from octavo.errors import UserError
 
-VERBS = ("chat", "generate", "tensors", "convert", "quantize", "bench", "train")
+VERBS = ("chat", "generate", "plan", "tensors", "convert", "quantize", "bench", "train")
 
 
 class _Verbs(click.Group):
@@ -41,6 +41,7 @@ def octavo_command() -> None:
     \b
     octavo chat                        talk to the model that ships with Octavo
     octavo generate "Who are you?"     one reply on stdout
+    octavo plan MODEL                  say whether it fits this machine, how it runs, how fast
     octavo tensors MODEL               list the tensors of a checkpoint, here or on the Hub
     octavo convert SRC DST --to hf     write a checkpoint in another layout
     octavo quantize SRC DST --bits 4   write it in 8, 4, 3 or 2 bits, for the CPU

@@ -21,6 +21,7 @@ __all__ = [
     "dot_peak",
     "linear",
     "moe",
+    "moe_part",
     "normalize",
     "read_bandwidth",
     "route",
@@ -170,6 +171,43 @@ def spent() -> tuple[float, int]:
     """
     seconds, nbytes = compiled().spent()
     return seconds, nbytes
+
+
+def moe_part(
+    y_TD: Tensor,
+    x_TD: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    number: int,
+    expert: tuple[Matrix, Matrix, Matrix],
+) -> None:
+    """Add one expert's part of `moe` to y: all experts, by rising number, give the same bits as at once.
+
+    Args:
+        y_TD: float32, contiguous; changed in place.
+        x_TD: float32 or bfloat16.
+        topk_ids_TK: int64.
+        topk_weights_TK: float32.
+        number: the expert's.
+        expert: its w1, w3 and w2.
+
+    Raises:
+        OptionError: shapes or dtypes do not fit.
+    """
+    x_TD, is_bf16 = activations(x_TD, expert[0].cols)
+    if y_TD.shape != x_TD.shape or y_TD.dtype != torch.float32 or not y_TD.is_contiguous():
+        raise OptionError(f"y is {y_TD.dtype} {list(y_TD.shape)}; expected float32 {list(x_TD.shape)}, contiguous")
+    (T, K), weights = topk_ids_TK.shape, topk_weights_TK.float().contiguous()
+    if weights.shape != (T, K) or x_TD.shape[0] != T:
+        raise OptionError(f"x has {x_TD.shape[0]} tokens, ids {[T, K]}, weights {list(weights.shape)}")
+    ids = topk_ids_TK.long().contiguous()
+    module = native()
+    if module is None or expert[0].native is None:
+        reference.moe_part(y_TD, x_TD, ids, weights, number, tuple(matrix.weight for matrix in expert))
+        return
+    one = module.Expert(*(matrix.native for matrix in expert))
+    pointers = (x_TD.data_ptr(), *x_TD.shape, ids.data_ptr(), weights.data_ptr(), K)
+    module.moe_part(is_bf16, *pointers, number, one, y_TD.data_ptr())
 
 
 def read_bandwidth(matrices: Sequence[Matrix]) -> float:

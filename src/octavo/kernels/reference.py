@@ -54,10 +54,18 @@ def linear(x: Tensor, w: Weight) -> Tensor:
 def moe(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: Sequence[tuple[Weight, ...]]) -> Tensor:
     """See `octavo.kernels.moe`."""
     y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-    for expert, (w1, w3, w2) in enumerate(experts):
-        tokens, places = (ids_TK == expert).nonzero(as_tuple=True)
-        if len(tokens):
-            x = x_TD[tokens].float()
-            out = linear(F.silu(linear(x, w1)) * linear(x, w3), w2)
-            y_TD.index_add_(0, tokens, out * weights_TK[tokens, places, None])
+    for number, expert in enumerate(experts):
+        moe_part(y_TD, x_TD, ids_TK, weights_TK, number, expert)
     return y_TD.to(x_TD.dtype)
+
+
+def moe_part(
+    y_TD: Tensor, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, number: int, expert: tuple[Weight, ...]
+) -> None:
+    """See `octavo.kernels.ops.moe_part`."""
+    w1, w3, w2 = expert
+    tokens, places = (ids_TK == number).nonzero(as_tuple=True)
+    if len(tokens):
+        x = x_TD[tokens].float()
+        out = linear(F.silu(linear(x, w1)) * linear(x, w3), w2)
+        y_TD.index_add_(0, tokens, out * weights_TK[tokens, places, None])

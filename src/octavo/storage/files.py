@@ -8,9 +8,11 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -102,7 +104,30 @@ class MappedFile(_LocalFile):
             return torch.empty(0, dtype=torch.uint8)
         if self._whole is None:
             self._whole = torch.frombuffer(self._map(0, self.size), dtype=torch.uint8)
+            _MAPPED[self._whole.data_ptr()] = self
         return self._whole[begin:end]
+
+
+_MAPPED: WeakValueDictionary[int, MappedFile] = WeakValueDictionary()  # by the address of the mapping
+
+
+@dataclass(frozen=True)
+class Place:
+    """Bytes ``begin`` to ``end`` (exclusive) of a local file."""
+
+    file: MappedFile
+    begin: int
+    end: int
+
+
+def place_of(tensor: Tensor) -> Place | None:
+    """Where a tensor's bytes lie on the disk, if it is a contiguous view of a mapped file; else None."""
+    base = tensor.untyped_storage().data_ptr()
+    file = _MAPPED.get(base)
+    if file is None or not tensor.is_contiguous():
+        return None
+    begin = tensor.data_ptr() - base
+    return Place(file, begin, begin + tensor.nbytes)
 
 
 class PlainFile(_LocalFile):

@@ -1,0 +1,485 @@
+"""`octavo plan`: whether a machine can run a model, how, and how fast at most."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+import octavo
+from octavo.args import ModelArgs
+from octavo.cli.options import SHAPE_BITS
+from octavo.errors import OptionError, UserError
+from octavo.machine import disk_bandwidth, free_memory, nvidia_gpu, physical_memory
+from octavo.plan import (
+    CHUNK,
+    DEFAULT_CONTEXT,
+    DEVICES,
+    PRECISIONS,
+    Device,
+    MemoryPlan,
+    Weights,
+    footprint_of,
+    known_device,
+    make_plan,
+    parse_size,
+    show_size,
+    verdict,
+    weights_at,
+    weights_of_store,
+)
+from octavo.shapes import SHAPES
+
+PUBLISHED = {
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-Instruct-v0.1",
+    "mixtral-8x22b": "mistralai/Mixtral-8x22B-Instruct-v0.1",
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.1",
+}
+"""Where weights of the shapes are on the Hub, in bfloat16."""
+HERE = DEVICES["this machine"]
+FLOATS = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}
+MAX_HEADER_BYTES = 100_000_000  # as `octavo.storage.safetensors` has it
+SAMPLE = 1 << 30  # bytes that memory's bandwidth is measured with: more than caches hold
+READS = 9
+WIDTH = 100
+NOT_STREAMED = "not yet: reading experts from disk within a budget is not built"
+NOT_ON_GPU = "not yet: low-bit weights are computed with on the CPU, not on a GPU"
+NEITHER = "not yet: a GPU computes with 16 or 32 bits only, and with all experts in its memory"
+
+
+@click.command("plan")
+@click.argument("model", metavar="MODEL|SHAPE")
+@click.option("--memory", metavar="SIZE", help="All that may be taken, such as 24GiB; by default what is free.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="NAME",
+    help=f"cpu, cuda or metal-unified for this machine's, or one of {', '.join(list(DEVICES)[1:])}.",
+)
+@click.option(
+    "--bits", type=click.Choice(("32", *SHAPE_BITS)), metavar="N", help="32, 16, 8, 4, 3 or 2: keep to this precision."
+)
+@click.option(
+    "--context", type=click.IntRange(1), metavar="N", help=f"Tokens of prompt and reply; by default {DEFAULT_CONTEXT}."
+)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Sequences at once.")
+@click.option("--measure", is_flag=True, help="First measure this machine's memory and disk, for some seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    model: str,
+    memory: str | None,
+    device: str,
+    bits: str | None,
+    context: int | None,
+    batch: int,
+    measure: bool,
+    as_json: bool,
+) -> None:
+    """Say whether MODEL runs in some memory, how, and how fast at most. Nothing is loaded.
+
+    MODEL is a folder, a store, a weights file, a Hub id (of which only headers are fetched), menny, or a shape:
+    mixtral-8x7b, mixtral-8x22b, mistral-7b. In SIZE a GB is 1000^3 bytes and a GiB 1024^3; G alone means GiB.
+
+    \b
+    octavo plan mixtral-8x7b
+    octavo plan ./mixtral --memory 12GiB --measure
+    octavo plan mistralai/Mixtral-8x22B-Instruct-v0.1 --device h200 --context 32768
+    """
+    budget = None if memory is None else parse_size(memory)
+    found = _find(model)
+    where = _device(device, budget)
+    if measure:
+        if where.name != HERE.name:
+            raise OptionError(f"--measure measures this machine, not {where.name}", hint="leave one of them out")
+        where = _measured(where, found.folder)
+    context = min(DEFAULT_CONTEXT, found.args.max_seq_len) if context is None else context
+    budget = where.usable if budget is None else budget
+    plan = make_plan(found.args, budget, None if bits is None else int(bits), context, batch, store=found.store)
+    report = Report(found, where, plan, memory)
+    click.echo(json.dumps(report.as_dict(), indent=2) if as_json else "\n".join(report.lines()))
+
+
+# ---------------------------------------- models, without loading them
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What configuration and headers tell of a model.
+
+    Attributes:
+        title: as it was asked for.
+        source: what `octavo chat --model` takes.
+        args: its shape.
+        dtype: of its weights.
+        store: the weights as they lie there, if it is a store.
+        folder: on this machine.
+    """
+
+    title: str
+    source: str
+    args: ModelArgs
+    dtype: str
+    store: Weights | None = None
+    folder: Path | None = None
+
+
+def _find(name: str) -> Model:
+    """A folder that exists goes before a shape of its name, as before a Hub id; menny always ships."""
+    shipped = Path(octavo.__file__).parent / "models" / name
+    if name == "menny" and shipped.is_dir():
+        return _read_folder(name, shipped) or _open(name, str(shipped))
+    path = Path(os.path.expanduser(name))
+    if path.exists():
+        return _read_folder(name, path) or _open(name, name)
+    if name in SHAPES:
+        return Model(name, PUBLISHED.get(name, name), SHAPES[name], "bfloat16")
+    if "/" not in name:
+        raise OptionError(
+            f"{name!r} is neither a folder or file here, nor a Hub id, nor a known shape",
+            hint=f"shapes are {', '.join(SHAPES)}",
+        )
+    return _open(name, name)
+
+
+def _read_folder(name: str, folder: Path) -> Model | None:
+    """Read a healthy Hugging Face folder or store without torch; None for all others, of which `_open` knows more."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        if "hidden_size" not in config or (folder / "params.json").exists():
+            return None
+        args = ModelArgs.from_hf(config)
+        tensors = dict(_tensors(folder))
+        kinds = {tensor.in_store for tensor in tensors.values()}
+        in_store = (config.get("quantization_config") or {}).get("quant_method") == "octavo"
+        if kinds != {in_store} or sum(tensor.elements for tensor in tensors.values()) != args.n_params:
+            return None
+        embedding = tensors.get("tok_embeddings.weight") or tensors["model.embed_tokens.weight"]
+        dtype, number = FLOATS[embedding.dtype]
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        store = weights_of_store(args, sizes, number) if in_store else None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, UserError):
+        return None
+    return Model(name, name, args, dtype, store, folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    dtype: str
+    elements: int
+    nbytes: int
+    in_store: bool
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, _Tensor]]:
+    """What the headers of safetensors files say; any of many exceptions where a file is not as it should be."""
+    index = folder / "model.safetensors.index.json"
+    files = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    for name in sorted(files):
+        with (folder / os.path.basename(name)).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                raise ValueError
+            header = json.loads(file.read(length))
+            size = os.fstat(file.fileno()).st_size - 8 - length
+        notes = json.loads(header.pop("__metadata__", {}).get("octavo", "null"))
+        if max(entry["data_offsets"][1] for entry in header.values()) != size or (notes and notes["version"] != 1):
+            raise ValueError
+        for tensor, entry in header.items():
+            begin, end = entry["data_offsets"]
+            shape = (notes["tensors"][tensor] if notes else {}).get("shape", entry["shape"])
+            yield tensor, _Tensor(entry["dtype"], math.prod(shape), end - begin, notes is not None)
+
+
+def _open(name: str, source: str) -> Model:
+    """Any layout, here or on the Hub; this imports torch, which takes a second."""
+    from octavo.checkpoint import open_checkpoint
+    from octavo.storage.folder import LocalFolder
+
+    checkpoint = open_checkpoint(source)
+    args, folder = checkpoint.args, None
+    if isinstance(checkpoint.folder, LocalFolder):
+        checkpoint.check()
+        folder = checkpoint.folder.path
+    dtype = checkpoint.info("tok_embeddings.weight").dtype
+    store = None
+    if checkpoint.is_store:
+        sizes = {tensor: checkpoint.info(tensor).nbytes for tensor in checkpoint.names()}
+        store = weights_of_store(args, sizes, dtype.itemsize)
+    return Model(name, name, args, str(dtype).removeprefix("torch."), store, folder)
+
+
+# ---------------------------------------- devices
+
+
+def _device(name: str, budget: int | None) -> Device:
+    """The device that is meant; its memory is what is free, where it is this machine's and no budget is given."""
+    if name == "cpu":
+        return dataclasses.replace(HERE, memory=free_memory() if budget is None else budget)
+    if name == "cuda":
+        called, free = nvidia_gpu()
+        unknown = dataclasses.replace(HERE, kind="cuda", read=None, source="")
+        return dataclasses.replace(known_device(called) or unknown, name=called, memory=free)
+    if name in ("metal", "metal-unified"):
+        memory = physical_memory() if budget is None else budget
+        return dataclasses.replace(HERE, kind="unified", memory=memory, read=None, source="")
+    known = known_device(name)
+    if known is None:
+        raise OptionError(
+            f"--device {name!r} is not known; expected cpu, cuda, metal-unified, or {', '.join(list(DEVICES)[1:])}",
+            hint="for another, give its memory: --memory 16GB",
+        )
+    return known
+
+
+def _measured(device: Device, folder: Path | None) -> Device:
+    """The same with bandwidths of now: of memory by the kernels' threads, of the disk that the model lies on."""
+    import torch
+
+    from octavo.kernels import read_bandwidth, threads
+    from octavo.kernels.ops import Matrix
+
+    disk = disk_bandwidth(folder if folder is not None and os.access(folder, os.W_OK) else Path.cwd())
+    rows = max(1, min(SAMPLE, free_memory() // 4) >> 13)
+    matrix = Matrix(torch.empty(rows, 1024, dtype=torch.int64).random_().view(torch.bfloat16))
+    reads = sorted(read_bandwidth([matrix]) for _ in range(READS))
+    source = f"measured: {threads()} thread{'s' * (threads() > 1)}, the median of {READS} reads"
+    return dataclasses.replace(
+        device,
+        read=reads[READS // 2],
+        disk=disk,
+        source=source,
+        disk_source="measured: a file read past the page cache",
+    )
+
+
+# ---------------------------------------- what is printed
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A plan as people and programs read it.
+
+    Attributes:
+        model: of which it is.
+        device: where.
+        plan: how.
+        memory: the budget as it was given.
+    """
+
+    model: Model
+    device: Device
+    plan: MemoryPlan
+    memory: str | None
+
+    def lines(self) -> Iterator[str]:
+        """One screen."""
+        plan, args = self.plan, self.plan.args
+        experts = f"{args.moe.num_experts_per_tok} of {args.moe.num_experts} experts" if args.moe else "dense"
+        counts = f"{args.n_params:,} parameters, {args.n_active_params:,} active ({experts}, {args.n_layers} layers)"
+        where = f"{self.device.name} ({f'--memory {self.memory}' if self.memory else self._given})"
+        sequences = "1 sequence" if plan.batch == 1 else f"{plan.batch} sequences"
+        yield from _entry("model", f"{self.model.title}: {counts}")
+        yield from _entry("memory", f"{show_size(plan.budget)} of {where}, for {sequences} of {plan.context:,} tokens")
+        yield ""
+        yield from self._table()
+        yield ""
+        yield from _entry("plan", self._chosen(), plan.reason)
+        yield from _entry("ceiling", *self._ceilings())
+        yield from _entry("run", *self._commands())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json; sizes in bytes."""
+        plan, device = self.plan, self.device
+        return {
+            "model": self.model.title,
+            "parameters": plan.args.n_params,
+            "active_parameters": plan.args.n_active_params,
+            "device": dataclasses.asdict(device),
+            "budget": plan.budget,
+            "context": plan.context,
+            "batch": plan.batch,
+            "precisions": [self._row(weights) for weights in self._precisions()],
+            "plan": {
+                "precision": plan.weights.label,
+                "bits": plan.bits,
+                "resident_experts": plan.resident,
+                "streamed_experts": plan.streamed,
+                "slots": plan.slots,
+                "expert_bytes": plan.weights.expert,
+                **dataclasses.asdict(plan.footprint),
+                "total": plan.footprint.total,
+                "reason": plan.reason,
+            },
+            "ceilings": {
+                "read_bytes_per_step": round(plan.read_bytes),
+                "disk_bytes_per_step": round(plan.disk_bytes),
+                "decode_tok_s_memory": self._by_memory,
+                "decode_tok_s_disk": self._by_disk,
+                "decode_tok_s": self._decode,
+                "prefill_tok_s_disk": plan.prefill_tok_s(device.disk),
+            },
+            "command": None if self._obstacle else self._chat(plan.weights),
+            "obstacle": self._obstacle,
+            "instead": None if self._instead is None else self._chat(self._instead),
+        }
+
+    def _precisions(self) -> list[Weights]:
+        own = [self.plan.weights] if self.plan.bits is None else []
+        return own + [weights_at(self.plan.args, bits) for bits in PRECISIONS]
+
+    def _row(self, weights: Weights) -> dict[str, Any]:
+        plan = self.plan
+        size = footprint_of(plan.args, weights, plan.context, plan.batch)
+        says = verdict(plan.args, weights, plan.budget, plan.context, plan.batch)
+        names = {"precision": weights.label, "bits": weights.bits}
+        return {**names, "weights": size.weights, **dataclasses.asdict(size), "total": size.total, "verdict": says}
+
+    def _table(self) -> Iterator[str]:
+        columns = ("weights", "kv_cache", "workspace", "base", "total")
+        heads = ("weights", "KV cache", "workspace", "process", "total")
+        yield f"{'':9}{'precision':18}" + "".join(f"{head:>11}" for head in heads)
+        for weights in self._precisions():
+            row = self._row(weights)
+            sizes = "".join(f"{show_size(row[column]):>11}" for column in columns)
+            yield f"{'':9}{weights.label:18}{sizes}   {row['verdict']}"
+
+    def _chosen(self) -> str:
+        plan, size = self.plan, self.plan.footprint
+        if not plan.weights.n_experts:
+            experts = "all in memory"
+        elif plan.streamed:
+            experts = (
+                f"{plan.resident} of {plan.weights.n_experts} experts in memory, {plan.streamed} streamed from disk"
+            )
+        else:
+            experts = f"all {plan.resident} experts in memory"
+        return f"{plan.weights.label} in {show_size(size.total)}: {experts}, KV cache {show_size(size.kv_cache)}"
+
+    @property
+    def _given(self) -> str:
+        """What the budget is, where nobody named it."""
+        if self.device.kind == "unified":
+            return "three quarters of it"
+        return "its memory" if self.device in DEVICES.values() else "what is free"
+
+    @property
+    def _by_memory(self) -> float | None:
+        read = self.device.read
+        return None if read is None else self.plan.decode_tok_s(read, self.device.disk)[0]
+
+    @property
+    def _by_disk(self) -> float | None:
+        return self.plan.decode_tok_s(1.0, self.device.disk)[1]
+
+    @property
+    def _decode(self) -> float | None:
+        known = [rate for rate in (self._by_memory, self._by_disk) if rate is not None]
+        return min(known) if known else None
+
+    def _ceilings(self) -> Iterator[str]:
+        """Decode, prefill, and where the bandwidths come from."""
+        plan, device, steps = self.plan, self.device, "token" if self.plan.batch == 1 else "step"
+        parts, sources = [], []
+        if device.read is not None:
+            each = f"{show_size(plan.read_bytes)} a {steps} at {show_size(device.read)}/s"
+            parts.append(f"{_rate(self._by_memory)} by memory ({each})")
+            sources.append(f"memory: {device.source}")
+        if plan.streamed:
+            each = f"{show_size(plan.disk_bytes)} a {steps} at {show_size(device.disk)}/s"
+            parts.append(f"{_rate(self._by_disk)} by disk ({each})")
+            sources.append(f"disk: {device.disk_source}")
+        if self._decode is None:
+            yield "unknown: so is this device's bandwidth; name the device, such as --device 'RTX 4090'"
+            return
+        together = "" if plan.batch == 1 else f" for {plan.batch} sequences together"
+        yield f"decode at most {_rate(self._decode)} tok/s{together}: {', '.join(parts)}"
+        if (prefill := plan.prefill_tok_s(device.disk)) is not None:
+            yield f"prompts at most {_rate(prefill)} tok/s by disk: {CHUNK} tokens read each streamed expert once"
+        guess = " (a guess: --measure measures)" if device.source == HERE.source else ""
+        yield f"{'; '.join(sources)}{guess}"
+
+    @property
+    def _obstacle(self) -> str | None:
+        """What keeps this plan from running today."""
+        if self.plan.streamed:
+            return NEITHER if self._is_gpu else NOT_STREAMED
+        return None if self._runs_here(self.plan.weights) else NOT_ON_GPU
+
+    @property
+    def _is_gpu(self) -> bool:
+        """Whether torch computes there, with plain weights only; what shares a CPU's memory is left to the CPU."""
+        return self.device.kind == "cuda"
+
+    def _runs_here(self, weights: Weights) -> bool:
+        return not self._is_gpu or weights.bits in (16, 32)
+
+    @property
+    def _instead(self) -> Weights | None:
+        """The best precision that fits whole and that Octavo computes with there today."""
+        plan = self.plan
+        if plan.bits is None or self._obstacle is None:
+            return None
+        possible = (weights_at(plan.args, bits) for bits in PRECISIONS)
+        fits = (w for w in possible if verdict(plan.args, w, plan.budget, plan.context, plan.batch) == "fits")
+        return next((weights for weights in fits if self._runs_here(weights)), None)
+
+    def _commands(self) -> Iterator[str]:
+        plan = self.plan
+        if self._obstacle is None:
+            yield self._chat(plan.weights)
+            return
+        yield self._obstacle
+        if self._is_gpu:
+            whole = footprint_of(plan.args, plan.weights, plan.context, plan.batch)
+            yield f"on a CPU with {show_size(whole.total)}: {self._chat(plan.weights, gpu=False)}"
+        else:
+            yield f"once it is: {self._chat(plan.weights)} --memory {self.memory or f'{plan.budget // 10**8 / 10}GB'}"
+        if self._instead is not None:
+            size = footprint_of(plan.args, self._instead, plan.context, plan.batch)
+            yield f"today ({show_size(size.total)}): {self._chat(self._instead)}"
+        else:
+            yield "today, nothing runs within it"
+
+    def _chat(self, weights: Weights, gpu: bool | None = None) -> str:
+        """The command line for a precision; on the plan's device unless told otherwise."""
+        words = ["octavo", "chat", "--model", self.model.source]
+        if weights.bits in (8, 4, 3, 2):
+            words += ["--bits", str(weights.bits)]
+        dtype = "float32" if weights.bits == 32 else "bfloat16"
+        if weights.bits is not None and dtype != self.model.dtype:
+            words += ["--dtype", dtype]
+        if weights.bits in (16, 32):
+            words += ["--device", "cuda" if (self._is_gpu if gpu is None else gpu) else "cpu"]
+        return shlex.join(words)
+
+
+def _rate(tok_s: float | None) -> str:
+    return (
+        "?" if tok_s is None else f"{tok_s:.0f}" if tok_s >= 100 else f"{tok_s:.1f}" if tok_s >= 1 else f"{tok_s:.2f}"
+    )
+
+
+def _entry(head: str, *texts: str) -> Iterator[str]:
+    """Texts beside a word, no wider than a terminal; commands are left whole, to be copied."""
+    for number, text in enumerate(texts):
+        first = f"{head if number == 0 else '':9}"
+        if "octavo chat" in text:
+            yield first + text
+        else:
+            yield from textwrap.wrap(
+                text,
+                WIDTH,
+                initial_indent=first,
+                subsequent_indent=" " * 9,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
