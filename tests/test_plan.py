@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -246,17 +247,15 @@ print(resident("VmHWM") - before)
 @pytest.mark.skipif(not backend().compiled, reason="counted from the compiled kernels")
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system tells of no peak of a stretch")
 @pytest.mark.parametrize(
-    ("args", "bits", "tokens"),
-    [
-        (dataclasses.replace(MIXTRAL, dim=2048, n_layers=1, hidden_dim=3584, vocab_size=512), 4, 1024),
-        (
-            dataclasses.replace(DENSE, dim=2048, n_layers=1, hidden_dim=7168, vocab_size=512, sliding_window=512),
-            16,
-            1024,
-        ),
+    ("changes", "bits", "tokens"),
+    [  # mostly experts' rows, a window's copies of keys and values, many heads
+        ({"moe": MoEArgs(4, 4)}, 4, 1024),
+        ({"dim": 2048, "hidden_dim": 7168, "sliding_window": 512, "moe": None}, 16, 1024),
+        ({"n_heads": 128, "hidden_dim": 256}, 16, 1024),
     ],
 )
-def test_work_takes_what_was_counted(args: ModelArgs, bits: int, tokens: int) -> None:
+def test_work_takes_what_was_counted(changes: dict[str, Any], bits: int, tokens: int) -> None:
+    args = dataclasses.replace(MIXTRAL, **({"dim": 1024, "n_layers": 1, "vocab_size": 512} | changes))
     line = [sys.executable, "-c", WORK, repr(args), str(tokens), str(bits)]
     done = subprocess.run(line, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     work = workspace_bytes(args, weights_at(args, bits), tokens, 1) + kv_cache_bytes(args, tokens, 1, 2)

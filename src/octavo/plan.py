@@ -483,11 +483,8 @@ def _or(numbers: Sequence[int]) -> str:
 
 
 def _least(args: ModelArgs, weights: Weights, context: int, batch: int) -> int:
-    """The smallest budget in this precision: everything, or slots for PASSING experts."""
-    whole = footprint_of(args, weights, context, batch).total
-    if not weights.n_experts:
-        return whole
-    return min(whole, footprint_of(args, weights, context, batch, slots=PASSING).total)
+    """The smallest budget in this precision that streams; of a dense model, which has no experts, everything."""
+    return footprint_of(args, weights, context, batch, slots=PASSING).total
 
 
 def _too_small(args: ModelArgs, budget: int, choices: list[Weights], context: int, batch: int) -> OptionError:
@@ -514,5 +511,5 @@ def _too_small(args: ModelArgs, budget: int, choices: list[Weights], context: in
 
 def _that_fit(args: ModelArgs, budget: int, above: int, context: int, batch: int) -> Iterator[int]:
     for bits in PRECISIONS:
-        if bits < above and _least(args, weights_at(args, bits), context, batch) <= budget:
+        if bits < above and verdict(args, weights_at(args, bits), budget, context, batch) != "does not fit":
             yield bits
