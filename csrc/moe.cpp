@@ -24,7 +24,7 @@ using Experts = std::vector<const Expert*>;
 std::vector<Share> shares_of(const int64_t* ids, const float* weights, int64_t T, int64_t K, const Experts& experts) {
     std::vector<Share> all(experts.size());
     for (int64_t i = 0; i < T * K; ++i) {
-        if (ids[i] >= int64_t(experts.size()) || !experts[size_t(ids[i])]) continue;
+        if (size_t(ids[i]) >= experts.size() || !experts[size_t(ids[i])]) continue;  // negative ids too
         Share& share = all[size_t(ids[i])];
         if (!share.tokens.empty() && share.tokens.back() == i / K) {  // named twice; a token is in a share once
             share.weights.back() += weights[i];

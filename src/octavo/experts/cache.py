@@ -18,12 +18,11 @@ from torch import Tensor
 
 from octavo.errors import OptionError
 from octavo.experts.reader import Reader, joined, pages
+from octavo.plan import PASSING
 from octavo.storage.files import Place
 
 Key = tuple[int, int]
 """Layer and number of an expert."""
-MIN_SLOTS = 2
-"""One to compute with, one to read into."""
 
 
 @dataclass
@@ -105,10 +104,10 @@ class ExpertCache:
         self.slot_nbytes = max(map(_slot_nbytes, self._places.values()))
         self.n_slots = min(budget // self.slot_nbytes, len(self._places))
         self.pinned = frozenset(pinned)
-        if self.n_slots < min(MIN_SLOTS, len(self._places)):
+        if self.n_slots < min(PASSING, len(self._places)):
             raise OptionError(
-                f"{budget} bytes hold {self.n_slots} experts of {self.slot_nbytes}; at least {MIN_SLOTS} are needed",
-                hint=f"give {MIN_SLOTS * self.slot_nbytes} bytes or more",
+                f"{budget} bytes hold {self.n_slots} experts of {self.slot_nbytes}; at least {PASSING} are needed",
+                hint=f"give {PASSING * self.slot_nbytes} bytes or more",
             )
         if len(self.pinned) >= self.n_slots and len(self._places) > self.n_slots:
             raise OptionError(

@@ -148,12 +148,8 @@ def moe(x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: Exp
         OptionError: shapes or dtypes do not fit.
     """
     x_TD, is_bf16 = activations(x_TD, experts.experts[0][0].cols)
-    T, K = topk_ids_TK.shape
-    if topk_weights_TK.shape != (T, K) or x_TD.shape[0] != T:
-        raise OptionError(
-            f"x has {x_TD.shape[0]} tokens, ids {list(topk_ids_TK.shape)}, weights {list(topk_weights_TK.shape)}"
-        )
-    ids, weights = topk_ids_TK.long().contiguous(), topk_weights_TK.float().contiguous()
+    ids, weights = _routing(x_TD, topk_ids_TK, topk_weights_TK)
+    T, K = ids.shape
     module = native()
     if module is None or experts.native is None:
         return reference.moe(x_TD, ids, weights, [tuple(m.weight for m in expert) for expert in experts.experts])
@@ -197,16 +193,13 @@ def moe_part(
     x_TD, is_bf16 = activations(x_TD, expert[0].cols)
     if y_TD.shape != x_TD.shape or y_TD.dtype != torch.float32 or not y_TD.is_contiguous():
         raise OptionError(f"y is {y_TD.dtype} {list(y_TD.shape)}; expected float32 {list(x_TD.shape)}, contiguous")
-    (T, K), weights = topk_ids_TK.shape, topk_weights_TK.float().contiguous()
-    if weights.shape != (T, K) or x_TD.shape[0] != T:
-        raise OptionError(f"x has {x_TD.shape[0]} tokens, ids {[T, K]}, weights {list(weights.shape)}")
-    ids = topk_ids_TK.long().contiguous()
+    ids, weights = _routing(x_TD, topk_ids_TK, topk_weights_TK)
     module = native()
     if module is None or expert[0].native is None:
         reference.moe_part(y_TD, x_TD, ids, weights, number, tuple(matrix.weight for matrix in expert))
         return
     one = module.Expert(*(matrix.native for matrix in expert))
-    pointers = (x_TD.data_ptr(), *x_TD.shape, ids.data_ptr(), weights.data_ptr(), K)
+    pointers = (x_TD.data_ptr(), *x_TD.shape, ids.data_ptr(), weights.data_ptr(), ids.shape[1])
     module.moe_part(is_bf16, *pointers, number, one, y_TD.data_ptr())
 
 
@@ -237,6 +230,15 @@ def compiled() -> ModuleType:
             hint="install a C++ compiler, then Octavo again",
         )
     return module
+
+
+def _routing(x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and weights as the kernels take them; OptionError where they are not of x's tokens."""
+    if topk_weights_TK.shape != topk_ids_TK.shape or x_TD.shape[0] != topk_ids_TK.shape[0]:
+        raise OptionError(
+            f"x has {x_TD.shape[0]} tokens, ids {list(topk_ids_TK.shape)}, weights {list(topk_weights_TK.shape)}"
+        )
+    return topk_ids_TK.long().contiguous(), topk_weights_TK.float().contiguous()
 
 
 def check_top_k(gate_ED: Tensor, top_k: int) -> None:
