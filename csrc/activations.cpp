@@ -113,7 +113,7 @@ void Activations::times(const Matrix& w, int64_t first, int n, float* y, int64_t
         for (int p = 0; p < n; ++p) {
             const int64_t row = (first + p) * kPanelRows;
             const int rows = int(std::min<int64_t>(kPanelRows, w.rows - row));
-            const auto* data = reinterpret_cast<const uint16_t*>(w.data) + row * cols_;
+            const auto* data = reinterpret_cast<const uint16_t*>(w.panel(first + p));
             for (int64_t t = 0; t < tokens_; t += kDirectTokens) {
                 const int64_t count = std::min<int64_t>(kDirectTokens, tokens_ - t);
                 kernels().bf16(data, rows, cols_, rows_ + t, count, few);
@@ -124,8 +124,8 @@ void Activations::times(const Matrix& w, int64_t first, int n, float* y, int64_t
         }
         return;
     }
-    const int64_t nbytes = panel_bytes(format_, cols_);
-    const uint8_t* panels[kMaxPanels] = {w.data + first * nbytes, w.data + (first + 1) * nbytes};
+    const uint8_t* panels[kMaxPanels] = {};
+    for (int p = 0; p < n; ++p) panels[p] = w.panel(first + p);
     if (tokens_ <= kDirectTokens) {
         for (int p = 0; p < n; ++p) kernels().direct(format_, panels[p], units_, tiles_[0], y + kPanelRows * p, stride);
     } else {

@@ -2,7 +2,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
@@ -32,13 +34,24 @@ struct Experts {
     std::vector<Expert> list;
 };
 
+// Of a segment.
+using AsTuple = std::tuple<int, int64_t, uintptr_t, int64_t, int64_t, bool>;
+
 }  // namespace
 
 NB_MODULE(_native, m) {
     nb::class_<Matrix>(m, "Matrix")
         .def("__init__", [](Matrix* self, int bits, uintptr_t data, int64_t rows, int64_t cols) {
             new (self) Matrix(matrix(bits, data, rows, cols));
-        });
+        })
+        .def("__init__", [](Matrix* self, int bits, uintptr_t data, int64_t rows, int64_t cols, int64_t split,
+                            uintptr_t tail, std::shared_ptr<Read> data_read, std::shared_ptr<Read> tail_read) {
+            new (self) Matrix(matrix(bits, data, rows, cols));
+            self->split = split;
+            self->tail = reinterpret_cast<const uint8_t*>(tail);
+            self->data_read = std::move(data_read);
+            self->tail_read = std::move(tail_read);
+        }, "bits"_a, "data"_a, "rows"_a, "cols"_a, "split"_a, "tail"_a, "data_read"_a.none(), "tail_read"_a.none());
     nb::class_<Expert>(m, "Expert").def("__init__", [](Expert* self, const Matrix& w1, const Matrix& w3, const Matrix& w2) {
         new (self) Expert{w1, w3, w2};
     });
@@ -65,6 +78,32 @@ NB_MODULE(_native, m) {
                              end, reinterpret_cast<const int64_t*>(slots), reinterpret_cast<const bool*>(mask)};
         });
 
+    nb::class_<Read>(m, "Read")
+        .def("done", &Read::done)
+        .def("wait", [](const Read& self) {
+            nb::gil_scoped_release unlocked;
+            self.wait();
+        })
+        .def("failed", [](const Read& self) { return std::tuple(self.error(), self.failed_fd(), self.failed_at()); });
+    nb::class_<Reader>(m, "Reader")
+        .def(nb::init<int>())
+        .def("start", [](Reader& self, nb::list list, bool later) {
+            std::vector<Segment> segments;
+            for (const auto& one : list) {
+                const auto [fd, begin, to, nbytes, needed, direct] = nb::cast<AsTuple>(one);
+                segments.push_back({fd, begin, reinterpret_cast<uint8_t*>(to), nbytes, needed, direct});
+            }
+            auto read = std::make_shared<Read>(segments);
+            self.start(read, later);
+            return read;
+        })
+        .def("hurry", &Reader::hurry)
+        .def("cancel", [](Reader& self, const std::shared_ptr<Read>& read) {
+            nb::gil_scoped_release unlocked;
+            self.cancel(read);
+        });
+    m.def("waited", &waited);
+
     m.def("linear", [](bool x_bf16, uintptr_t x, int64_t T, const Matrix& w, bool y_bf16, uintptr_t y) {
         nb::gil_scoped_release unlocked;
         linear(rows(x_bf16, x, T, w.cols), w, rows(y_bf16, y, T, w.rows));
@@ -79,10 +118,12 @@ NB_MODULE(_native, m) {
         moe(rows(bf16, x, T, D), chosen, reinterpret_cast<const float*>(weights), K, experts.list, rows(bf16, y, T, D));
     });
     m.def("moe_part", [](bool bf16, uintptr_t x, int64_t T, int64_t D, uintptr_t ids, uintptr_t weights, int64_t K,
-                         int64_t id, const Expert& expert, uintptr_t y) {
+                         nb::list list, uintptr_t y) {
+        std::vector<std::pair<int64_t, Expert>> experts;
+        for (const auto& one : list) experts.emplace_back(nb::cast<int64_t>(one[0]), nb::cast<const Expert&>(one[1]));
         nb::gil_scoped_release unlocked;
         const auto *chosen = reinterpret_cast<const int64_t*>(ids);
-        moe_part(rows(bf16, x, T, D), chosen, reinterpret_cast<const float*>(weights), K, id, expert, rows(false, y, T, D));
+        moe_part(rows(bf16, x, T, D), chosen, reinterpret_cast<const float*>(weights), K, experts, rows(false, y, T, D));
     });
     m.def("route", [](bool bf16, uintptr_t x, int64_t T, bool gate_bf16, uintptr_t gate, int64_t E, int64_t D, int64_t K,
                       uintptr_t ids, uintptr_t weights, uintptr_t logits) {

@@ -89,11 +89,18 @@ int64_t task_rows(const std::vector<Share>& shares, Matrix Expert::* which, bool
 // silu(w1 x) * (w3 x), some hidden columns of one expert at a time.
 void gate_and_up(std::vector<Share>& shares, int64_t chunk, Workspace& space) {
     int64_t chunks = 0;
-    for (const Share& share : shares) chunks = std::max(chunks, ceil_div(share.expert->w1.rows, chunk));
-    parallel(chunks * int64_t(shares.size()), [&](int64_t task, int thread) {
-        Share& share = shares[size_t(task / chunks)];
+    bool waits = false;
+    for (const Share& share : shares) {
+        chunks = std::max(chunks, ceil_div(share.expert->w1.rows, chunk));
+        waits = waits || share.expert->w1.waits() || share.expert->w3.waits();
+    }
+    const int64_t n_shares = int64_t(shares.size());
+    parallel(chunks * n_shares, [&](int64_t task, int thread) {
+        // While something is being read, every expert's first rows come before anybody's last.
+        const auto [which, at] = waits ? std::pair(task % n_shares, task / n_shares) : std::pair(task / chunks, task % chunks);
+        Share& share = shares[size_t(which)];
         const Matrix &w1 = share.expert->w1, &w3 = share.expert->w3;
-        const int64_t first = task % chunks * chunk, n = std::min(chunk, w1.rows - first);
+        const int64_t first = at * chunk, n = std::min(chunk, w1.rows - first);
         if (n <= 0) return;
         const int64_t T = int64_t(share.tokens.size());
         float *a = space.floats(thread), *b = a + T * chunk;
@@ -162,10 +169,14 @@ void moe(Rows x, const int64_t* ids, const float* weights, int64_t K, const std:
     run(x, ids, weights, K, all, y, false);
 }
 
-void moe_part(Rows x, const int64_t* ids, const float* weights, int64_t K, int64_t id, const Expert& expert, Rows y) {
-    Experts one(size_t(id) + 1);
-    one.back() = &expert;
-    run(x, ids, weights, K, one, y, true);
+void moe_part(Rows x, const int64_t* ids, const float* weights, int64_t K,
+              const std::vector<std::pair<int64_t, Expert>>& experts, Rows y) {
+    Experts some;
+    for (const auto& [id, expert] : experts) {
+        some.resize(std::max(some.size(), size_t(id) + 1));
+        some[size_t(id)] = &expert;
+    }
+    run(x, ids, weights, K, some, y, true);
 }
 
 }  // namespace octavo

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "reader.h"
 
 namespace octavo {
 
@@ -15,11 +16,23 @@ std::string kernels_reason();
 std::vector<std::string> available_kernels();  // best first
 bool choose_kernels(const std::string& name);  // "" for the best; false where this CPU lacks it
 
-// A weight matrix [rows, cols] in one of the formats.
+// A weight matrix [rows, cols] in one of the formats. It may lie in two places, which may still be being read.
 struct Matrix {
     Format format;
     const uint8_t* data;
     int64_t rows, cols;
+    int64_t split = INT64_MAX;      // panels from here on...
+    const uint8_t* tail = nullptr;  // ...begin there
+    std::shared_ptr<Read> data_read = nullptr, tail_read = nullptr;
+
+    // Where a panel of 16 rows begins, once it is there.
+    const uint8_t* panel(int64_t p) const {
+        const int64_t nbytes = panel_bytes(format, cols);
+        const uint8_t* begin = p < split ? data + p * nbytes : tail + (p - split) * nbytes;
+        if (const Read* read = (p < split ? data_read : tail_read).get()) read->wait(begin, begin + nbytes);
+        return begin;
+    }
+    bool waits() const { return (data_read && !data_read->done()) || (tail_read && !tail_read->done()); }
 };
 
 // Rows of numbers, `cols` apart.
@@ -45,8 +58,10 @@ void linear(Rows x, const Matrix& w, Rows y);
 // added up in float32 by rising expert.
 void moe(Rows x, const int64_t* ids, const float* weights, int64_t K, const std::vector<Expert>& experts, Rows y);
 
-// One expert's part of that, added to y, which is float32: all of them by rising number give the same bits as at once.
-void moe_part(Rows x, const int64_t* ids, const float* weights, int64_t K, int64_t id, const Expert& expert, Rows y);
+// Some experts' part of that, added to y, which is float32: all of them by rising number give the same bits as at once.
+// What is computed with is waited for; while it is being read, what is there comes first.
+void moe_part(Rows x, const int64_t* ids, const float* weights, int64_t K,
+              const std::vector<std::pair<int64_t, Expert>>& experts, Rows y);
 
 // What a block does around the products. Numbers are rounded to x's dtype wherever torch would store them.
 

@@ -30,13 +30,16 @@ from octavo.plan import (
     PASSING,
     PRECISIONS,
     SLACK,
+    SLOTS,
     UNASKED,
+    Placement,
     footprint,
     footprint_of,
     known_device,
     kv_cache_bytes,
     make_plan,
     parse_size,
+    place_experts,
     show_size,
     verdict,
     weights_at,
@@ -270,7 +273,7 @@ def any_budget(draw: st.DrawFn, args: ModelArgs) -> int:
     """About the budgets where something changes: two experts' room, all experts', in any precision."""
     weights = weights_at(args, draw(st.sampled_from(PRECISIONS)))
     slots = draw(st.integers(0, weights.n_experts + 1))
-    size = footprint_of(args, weights, 512, 1, slots=slots).total
+    size = footprint_of(args, weights, 512, 1, experts=slots * weights.expert).total
     return size + draw(st.integers(-2, 2) | st.integers(0, 3 * (weights.expert + 1)))
 
 
@@ -292,30 +295,82 @@ def test_a_plan_keeps_its_budget(data: st.DataObject, args: ModelArgs, bits: int
     assert bits in (None, plan.bits)
     weights = weights_at(args, plan.bits or 0)
     assert (plan.weights, plan.resident + plan.streamed) == (weights, weights.n_experts)
-    assert plan.footprint.experts == plan.slots * weights.expert
-    if plan.streamed:
-        assert plan.slots == plan.resident + PASSING
-        assert plan.footprint.total + weights.expert > budget  # there is no room for one more
+    if plan.placement is None:
+        assert (plan.share, plan.resident, plan.disk_bytes) == (1, weights.n_experts, 0)
+        assert plan.footprint == footprint(args, plan.bits or 0, 512)
+    if plan.placement is not None:
+        assert plan.footprint.total == budget  # all of it is used
+        assert plan.footprint.experts == plan.placement.nbytes
+        assert PASSING <= plan.placement.slots <= SLOTS
+        assert 0 <= plan.share < 1
+        assert plan.disk_bytes > 0
         assert plan.bits == (bits or UNASKED[-1])
         tried = [bits] if bits else UNASKED
         assert all(footprint(args, each, 512).total > budget for each in tried)
     elif bits is None:
         above = UNASKED[: UNASKED.index(plan.bits or 0)]
         assert all(footprint(args, each, 512).total > budget for each in above)
-    assert verdict(args, weights, budget, 512, 1) == ("streams" if plan.streamed else "fits")
+    assert verdict(args, weights, budget, 512, 1) == ("streams" if plan.placement else "fits")
 
 
 @given(st.data(), any_args(), st.sampled_from([None, *PRECISIONS]))
 @settings(deadline=None)
 def test_more_memory_never_means_fewer_experts(data: st.DataObject, args: ModelArgs, bits: int | None) -> None:
     budgets = sorted(data.draw(st.lists(any_budget(args), min_size=2, max_size=6)))
-    residents = []
+    shares = []
     for budget in budgets:
         try:
-            residents.append(make_plan(args, budget, bits, 512).resident)
+            plan = make_plan(args, budget, bits, 512)
         except OptionError:
-            residents.append(-1)
-    assert residents == sorted(residents)
+            shares.append(-1.0)
+        else:
+            slots = plan.placement.slots if plan.placement else 0
+            shares.append(plan.share + 1e-9 if slots in (0, SLOTS) else 0.0)
+    assert shares == sorted(shares)
+
+
+@st.composite
+def any_placement(draw: st.DrawFn) -> tuple[Placement, int, int]:
+    """A placement, the number of experts and the bytes of one."""
+    layers, experts, expert = draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(1, 1000))
+    keys = [(layer, number) for layer in range(layers) for number in range(experts)]
+    pinned = draw(st.sets(st.sampled_from(keys)))
+    least = (len(pinned) + PASSING) * expert
+    nbytes = draw(st.integers(least, least + (len(keys) + 2) * expert))
+    return place_experts(nbytes, expert, pinned, draw(st.booleans())), len(keys), expert
+
+
+@given(any_placement())
+def test_a_placement_fills_its_bytes(found: tuple[Placement, int, int]) -> None:
+    placement, n_experts, expert = found
+    pinned, share = len(placement.pinned), placement.head_share(n_experts, expert)
+    others = n_experts - pinned
+    assert PASSING <= placement.slots <= SLOTS
+    assert 0 <= share <= 1
+    assert placement.resident_share(n_experts, expert) * n_experts == pytest.approx(pinned + share * others)
+    tails = min(placement.slots, others) * (1 - share)  # whose heads lie elsewhere
+    used = (pinned + others * share + tails) * expert
+    assert used <= placement.nbytes + 1e-6
+    if 0 < share < 1:
+        assert used == pytest.approx(placement.nbytes)
+
+
+@given(any_placement(), st.integers(0, 3000))
+def test_more_bytes_never_mean_shorter_heads(found: tuple[Placement, int, int], more: int) -> None:
+    placement, n_experts, expert = found
+    larger = place_experts(placement.nbytes + more, expert, placement.pinned)
+    if larger.slots == placement.slots:
+        assert larger.head_share(n_experts, expert) >= placement.head_share(n_experts, expert)
+
+
+@given(st.integers(1, 10**9), st.integers(0, 5), st.integers(1, 10**6))
+def test_too_few_bytes_to_place_experts_in(expert: int, pinned: int, lacking: int) -> None:
+    keys = [(0, number) for number in range(pinned)]
+    least = (PASSING + pinned) * expert
+    assert place_experts(least, expert, keys).slots == PASSING
+    with pytest.raises(OptionError, match="too few") as caught:
+        place_experts(max(0, least - lacking), expert, keys)
+    assert f"give {least} bytes" in (caught.value.hint or "")
 
 
 def test_the_precision_is_the_highest_that_fits() -> None:
@@ -339,8 +394,9 @@ def test_a_refusal_names_what_would_work() -> None:
     with pytest.raises(OptionError, match="too little for this model") as caught:
         make_plan(LARGE, 2 * GB)
     least = smallest(caught.value)
-    assert make_plan(LARGE, least).slots == PASSING
-    assert make_plan(LARGE, least).resident == 0
+    tight = make_plan(LARGE, least)
+    assert tight.placement == Placement(2 * weights_at(LARGE, 4).expert, PASSING)
+    assert tight.resident == 0
     with pytest.raises(OptionError, match="too little"):
         make_plan(LARGE, least - 1)
     with pytest.raises(OptionError) as caught:  # a dense model is read whole for every token
@@ -383,9 +439,12 @@ def test_ceilings() -> None:
     assert whole.read_bytes == some.read_bytes == whole.footprint.rest - 32_000 * 4096 * 2 + 64 * each
     assert whole.decode_tok_s(50e9, 2e9) == (50e9 / whole.read_bytes, None)
     assert whole.prefill_tok_s(2e9) is None
-    assert some.disk_bytes == 64 * each * some.streamed / 256
+    assert some.placement is not None
+    heads = (some.footprint.experts - SLOTS * each) / ((256 - SLOTS) * each)
+    assert some.share == pytest.approx(heads)
+    assert some.disk_bytes == 64 * each * (1 - some.share)
     assert some.decode_tok_s(50e9, 2e9) == (50e9 / some.read_bytes, 2e9 / some.disk_bytes)
-    assert some.prefill_tok_s(2e9) == 512 * 2e9 / (some.streamed * each)
+    assert some.prefill_tok_s(2e9) == pytest.approx(512 * 2e9 / (256 * each * (1 - some.share)))
     two = make_plan(MIXTRAL, 32 * GB, 4, batch=2)  # even routing: 2 * 2 of 8 experts, less those chosen twice
     assert two.read_bytes == pytest.approx(two.footprint.rest - 32_000 * 4096 * 2 + 32 * 3.5 * each)
     many = make_plan(MIXTRAL, 64 * GB, 4, batch=64)

@@ -17,6 +17,7 @@
 //           cache nothing is written but the new tokens' slots, and slots that are not seen may hold anything
 //   NaN     or infinity in a token makes all its outputs NaN (not finite, at bfloat16), and changes no other token
 //   threads may be changed at any time, and several callers may compute at once
+//   reads   that are under way are waited for, and experts in two parts give the bits of whole ones
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -500,6 +501,7 @@ void check_pool() {
     check_tasks();
     check_callers(30);
     check_block_callers(15);
+    check_reader(false);
     check_linear(Format::q3, 100, 70, {1, 3, 20});
     check_moe({Format::q4, Format::q4, Format::q4}, 40, 70, 2, {1, 3, 20});
 }
@@ -529,6 +531,7 @@ void check_quickly() {
     }
     check_parts(false);
     check_block(false);
+    check_reader(false);
 }
 
 void check_more() {
@@ -543,6 +546,7 @@ void check_more() {
     }
     check_parts(true);
     check_block(true);
+    check_reader(true);
 }
 
 }  // namespace

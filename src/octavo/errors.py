@@ -8,6 +8,7 @@
         ├── TokenizerError   tokenizer files
         ├── PromptError      empty, too long for the context, not valid UTF-8
         ├── PersonaError     a persona file that cannot be used
+        ├── ResourceError    memory or disk that was counted on is not free
         └── HubError         the Hub said no, or could not be reached
 
 Anything else that escapes is a bug in Octavo.
@@ -56,6 +57,10 @@ class PromptError(UserError):
 
 class PersonaError(UserError):
     """A persona file cannot be used."""
+
+
+class ResourceError(UserError):
+    """Memory or disk that was counted on is not free."""
 
 
 class HubError(UserError):

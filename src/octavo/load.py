@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,16 @@ from octavo.checkpoint import Checkpoint, open_checkpoint
 from octavo.compiled import IN_PLACE_OF, in_place_of
 from octavo.errors import OptionError
 from octavo.experts import ExpertCache, StreamedExperts
+from octavo.experts.disk import OnDisk, not_streamable
+from octavo.experts.prefetch import Ahead, Prefetch
 from octavo.kernels import backend
 from octavo.kernels.modules import KernelExperts, KernelLinear
 from octavo.kernels.ops import Weight
 from octavo.model import Mixtral, MoEFeedForward
+from octavo.plan import Placement
 from octavo.quant.formats import FORMATS, Packed
 from octavo.quant.presets import preset
 from octavo.quant.quantize import quantize
-from octavo.storage.files import Place, place_of
 from octavo.tokenizer import Tokenizer
 
 FLOATS = {
@@ -34,8 +38,6 @@ FLOATS = {
     "fp16": torch.float16,
 }
 MAX_COPIED = 1 << 20  # bytes
-Expert = tuple[Weight, Weight, Weight]
-"""w1, w3 and w2."""
 
 
 def load_model(
@@ -79,7 +81,7 @@ def build_model(
     device: torch.device | str | None = None,
     bits: int | str | None = None,
     kernels: bool = False,
-    expert_memory: int | None = None,
+    placement: Placement | None = None,
 ) -> Mixtral:
     """Make a model of a checkpoint's tensors; see `load_model`.
 
@@ -90,49 +92,47 @@ def build_model(
         bits: see `load_model`.
         kernels: on a CPU, compute with bfloat16 weights by Octavo's kernels too. The model then has no parameters
             for them, and cannot be trained or moved.
-        expert_memory: bytes for experts, which are read from the disk when tokens choose them; the same bits as with
-            all of them in memory, which is the default. For stores, and for bfloat16 weights on a CPU.
+        placement: of experts that do not all stay in memory, and are read from the disk when tokens choose them; the
+            same bits as with all of them in memory, which is the default. For stores, and for bfloat16 weights on a
+            CPU.
 
     Raises:
-        OptionError: experts are not kept on the disk as they are computed with, or so many bytes hold too few.
+        OptionError: experts are not kept on the disk as they are computed with, or the placement has too few bytes.
         UserError: what `load_model` raises.
     """
     wanted = parse_dtype(dtype)
     checkpoint.check()
-    weights = _Weights(checkpoint, bits)
-    place = _device("cpu" if weights.low_bit and device is None else device)
-    if weights.low_bit and place.type != "cpu":
+    low_bit = checkpoint.is_store or bits is not None
+    place = _device("cpu" if low_bit and device is None else device)
+    if low_bit and place.type != "cpu":
         raise OptionError(f"device is {str(device)!r}; low-bit weights are computed with on the CPU", hint="use cpu")
     # The checkpoint's dtype is its embedding's; tensors stored otherwise are converted to it.
     wanted = wanted or checkpoint.info("tok_embeddings.weight").dtype
+    if placement is not None:
+        if place.type != "cpu" or not backend().compiled or (wanted != torch.bfloat16 and not low_bit):
+            raise OptionError(
+                "experts are read from the disk for the CPU's compiled kernels, which compute with bfloat16 or less",
+                hint="leave dtype and device out",
+            )
+        return _streamed(checkpoint, wanted, bits, placement)
+    weights = _Weights(checkpoint, bits)
 
     def plain(name: str) -> Tensor:
-        tensor = _aligned(checkpoint.read(name).to(device=place, dtype=wanted).contiguous())
-        # What is not read when it is needed must not go away with the file.
-        return tensor if expert_memory is None or ".experts." in name else tensor.clone()
+        return _aligned(checkpoint.read(name).to(device=place, dtype=wanted).contiguous())
 
     def weight(name: str) -> Weight:
         packed = weights.packed(name)
-        if packed is None:
-            return plain(name)
-        return packed if expert_memory is None or ".experts." in name else packed._replace(data=packed.data.clone())
+        return plain(name) if packed is None else packed
 
-    kernels = (
-        (kernels or expert_memory is not None)
-        and place.type == "cpu"
-        and wanted == torch.bfloat16
-        and backend().compiled
-    )
-    if expert_memory is not None and not (kernels or weights.low_bit):
-        raise OptionError("experts are read from the disk for the CPU's kernels, which compute with bfloat16 or less")
-    return assemble(checkpoint.args, plain, weight if kernels or weights.low_bit else None, expert_memory)
+    kernels = kernels and place.type == "cpu" and wanted == torch.bfloat16 and backend().compiled
+    return assemble(checkpoint.args, plain, weight if kernels or low_bit else None)
 
 
 def assemble(
     args: ModelArgs,
     plain: Callable[[str], Tensor],
     weight: Callable[[str], Weight] | None = None,
-    expert_memory: int | None = None,
+    experts: Callable[[int, Sequence[str]], nn.Module] | None = None,
 ) -> Mixtral:
     """Put a model together.
 
@@ -141,7 +141,8 @@ def assemble(
         plain: gives a parameter by its canonical name.
         weight: gives a matrix for `octavo.kernels` by its canonical name: of attention, experts and output. By default
             they are parameters like the others.
-        expert_memory: see `build_model`; what ``weight`` gives for experts then lies in mapped files.
+        experts: gives a layer's experts, by its number among those that have some and their names; by default they
+            are made of what ``weight`` gives.
 
     Returns:
         The model in evaluation mode.
@@ -149,7 +150,7 @@ def assemble(
     with torch.device("meta"), _NoInit():
         model = Mixtral(args)
     if weight is not None:
-        _use_kernels(model, weight, expert_memory)
+        _use_kernels(model, weight, experts or partial(_resident, weight))
     with torch.no_grad():
         for name in dict(model.named_parameters()):  # tied parameters appear once
             _assign(model, name, plain(name))
@@ -157,68 +158,95 @@ def assemble(
     return model.eval().requires_grad_(False)
 
 
+def _streamed(checkpoint: Checkpoint, dtype: torch.dtype, bits: int | str | None, placement: Placement) -> Mixtral:
+    """Make a model whose experts stay on the disk, as far as the placement has no memory for them.
+
+    All other weights are read into memory of their own. What has a checksum is compared with it when it is read first.
+    """
+    args = checkpoint.args
+    if bits is not None:
+        raise _is_store(checkpoint, bits) if checkpoint.is_store else not_streamable("what is quantised while loading")
+    if args.moe is None:
+        raise OptionError("the model has no experts that could be read from the disk", hint="leave the placement out")
+    with OnDisk(checkpoint, dtype) as disk:
+        kinds, stored = {}, {}
+        for layer in range(args.n_layers):
+            for e in range(args.moe.num_experts):
+                name = f"layers.{layer}.feed_forward.experts.{e}"
+                kinds[layer, e], stored[layer, e] = disk.expert((layer, e), name)
+        cache = ExpertCache(stored, placement, disk.verify)
+        model = assemble(
+            args,
+            lambda name: _aligned(disk.plain(name)),
+            disk.weight,
+            lambda layer, names: StreamedExperts(layer, [kinds[layer, e] for e in range(len(names))], cache),
+        )
+    if placement.prefetch:
+        prefetch = Prefetch(_routers_ahead(model))
+        for module in model.modules():
+            if isinstance(module, StreamedExperts):
+                module.prefetch = prefetch
+    return model
+
+
+def _routers_ahead(model: Mixtral) -> list[Ahead]:
+    """Of every layer but the last the next one's router."""
+    norms = [model.get_parameter(f"layers.{layer}.ffn_norm.weight").float() for layer in range(model.args.n_layers)]
+    ratios = [(following / this).nan_to_num(0.0, 0.0, 0.0) for this, following in itertools.pairwise(norms)]
+    return [Ahead(ratio_D, gate.weight, gate.top_k) for ratio_D, gate in zip(ratios, model.routers()[1:], strict=True)]
+
+
 class _Weights:
     """The low-bit matrices: a store's own, or those of a preset, made when they are asked for."""
 
     def __init__(self, checkpoint: Checkpoint, bits: int | str | None) -> None:
         self._checkpoint = checkpoint
-        self._store = checkpoint.is_store
-        if self._store:
+        if checkpoint.is_store:
             if bits is not None:
-                raise OptionError(
-                    f"bits is {bits}; {checkpoint.location} is a store, which has its own precision",
-                    hint="leave the option out, or quantise the original weights again",
-                )
+                raise _is_store(checkpoint, bits)
             checkpoint.verify()
         self._formats = {} if bits is None else preset(bits, checkpoint.names())
-        self.low_bit = self._store or bits is not None
 
     def packed(self, name: str) -> Packed | None:
         """One matrix, or None if it is kept as it is."""
-        if self._store:
+        if self._checkpoint.is_store:
             return self._checkpoint.packed(name)
         chosen = self._formats.get(name)
         return None if chosen is None else quantize(self._checkpoint.read(name), FORMATS[chosen], name=name)
 
 
-def _use_kernels(model: Mixtral, weight: Callable[[str], Weight], expert_memory: int | None) -> None:
+def _is_store(checkpoint: Checkpoint, bits: int | str) -> OptionError:
+    return OptionError(
+        f"bits is {bits}; {checkpoint.location} is a store, which has its own precision",
+        hint="leave the option out, or quantise the original weights again",
+    )
+
+
+def _use_kernels(
+    model: Mixtral, weight: Callable[[str], Weight], experts: Callable[[int, Sequence[str]], nn.Module]
+) -> None:
     """Put modules of kernels in the places of all but the embedding."""
-    mixtures: list[tuple[MoEFeedForward, list[Expert]]] = []
+    n_mixtures = 0
     for path, module in list(model.named_modules()):
         if isinstance(module, MoEFeedForward):
             names = [f"{path}.experts.{e}" for e in range(module.gate.weight.shape[0])]
-            w1, w3, w2 = ([weight(f"{name}.{w}.weight") for name in names] for w in ("w1", "w3", "w2"))
-            mixtures.append((module, list(zip(w1, w3, w2, strict=True))))
+            module.experts = experts(n_mixtures, names)
+            n_mixtures += 1
         elif (
             isinstance(module, nn.Linear)
             and ".experts." not in path
             and not (path == "output" and model.args.tie_embeddings)
         ):
             model.set_submodule(path, KernelLinear(weight(f"{path}.weight")))
-    if expert_memory is not None and not mixtures:
-        raise OptionError("the model has no experts that could be read from the disk", hint="leave expert_memory out")
-    cache = None if expert_memory is None else _expert_cache([experts for _, experts in mixtures], expert_memory)
-    for layer, (module, experts) in enumerate(mixtures):
-        module.experts = KernelExperts(experts) if cache is None else StreamedExperts(layer, experts, cache)
     for path, module in list(model.named_modules()):
         for kind, faster in IN_PLACE_OF.items():
             if type(module) is kind:
                 model.set_submodule(path, in_place_of(module, faster))
 
 
-def _expert_cache(layers: list[list[Expert]], budget: int) -> ExpertCache:
-    places: dict[tuple[int, int], list[Place]] = {}
-    for layer, experts in enumerate(layers):
-        for number, expert in enumerate(experts):
-            found = [place_of(weight.data) for weight in expert]
-            places[layer, number] = [place for place in found if place is not None]
-            if None in found:
-                raise OptionError(
-                    f"expert {number} of layer {layer} is not kept on the disk as it is computed with, "
-                    "and cannot be read when it is needed",
-                    hint="make a store of the checkpoint: octavo quantize SRC DST --bits 4",
-                )
-    return ExpertCache(places, budget)
+def _resident(weight: Callable[[str], Weight], layer: int, names: Sequence[str]) -> KernelExperts:
+    w1, w3, w2 = ([weight(f"{name}.{w}.weight") for name in names] for w in ("w1", "w3", "w2"))
+    return KernelExperts(list(zip(w1, w3, w2, strict=True)))
 
 
 class _NoInit(TorchFunctionMode):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -11,12 +13,22 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
-from octavo.errors import OptionError
+from octavo.errors import OptionError, ResourceError
 
 READERS = 4  # reads in flight; one alone leaves an NVMe disk waiting
 PIECE = 8 << 20  # bytes of a read
 SAMPLE = 512 << 20  # bytes that are read
+SPARE = 128 << 20  # bytes left to the system and to others: what is free is an estimate
+UNLIMITED = 1 << 60  # what cgroups of version 1 call a limit though it is none lies above
+
+
+class Room(NamedTuple):
+    """Memory that may be taken, in bytes, and what limits it."""
+
+    nbytes: int
+    limit: str
 
 
 def free_memory(root: Path = Path("/")) -> int:
@@ -28,10 +40,50 @@ def free_memory(root: Path = Path("/")) -> int:
     Raises:
         OptionError: this system does not tell.
     """
-    found = [*_available(root), *_within_cgroups(root)]
-    if not found:
+    found = room(root)
+    if found is None:
         raise OptionError("this system does not tell how much memory is free", hint="say it, such as --memory 16GiB")
-    return max(0, min(found))
+    return found.nbytes
+
+
+def room(root: Path = Path("/"), enough: float = math.inf) -> Room | None:
+    """Return how much memory this process may take, and by which limit; None where the system does not tell.
+
+    Args:
+        root: of the file system; another for tests.
+        enough: a cgroup that has so many bytes left is not asked how much of its page cache could be let go as well,
+            which takes longer.
+    """
+    least = min((*_available(root), *_within_cgroups(root, enough)), default=None)
+    return None if least is None else least._replace(nbytes=max(0, least.nbytes))
+
+
+def check_room(needed: int, spare: int = SPARE, root: Path = Path("/")) -> None:
+    """Make sure that memory is free before it is taken; passes where the system does not tell.
+
+    Args:
+        needed: bytes.
+        spare: bytes that must be left.
+        root: of the file system; another for tests.
+
+    Raises:
+        ResourceError: so much is not free; it may have been taken by others since the model was loaded.
+    """
+    found = room(root, needed + spare)
+    if found is not None and found.nbytes < needed + spare:
+        raise ResourceError(
+            f"{needed / 1e9:.2f} GB of memory are needed, and {found.nbytes / 1e9:.2f} GB are free {found.limit}, "
+            f"of which {spare / 1e9:.2f} GB are left alone",
+            hint="end other programs, or load the model with less memory (--memory)",
+        )
+
+
+def resident_memory() -> int:
+    """Return the bytes of memory that this process has now; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 0
 
 
 def physical_memory() -> int:
@@ -48,38 +100,46 @@ def physical_memory() -> int:
         ) from None
 
 
-def _available(root: Path) -> Iterator[int]:
+def _available(root: Path) -> Iterator[Room]:
     """By Linux's own estimate: free pages, and caches that can be let go."""
     with suppress(OSError):
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                yield int(line.split()[1]) * 1024
+        found = re.search(r"^MemAvailable: *(\d+) kB", _text(f"{root}/proc/meminfo"), re.MULTILINE)
+        if found:
+            yield Room(int(found[1]) * 1024, "on this machine")
 
 
-def _within_cgroups(root: Path) -> Iterator[int]:
+def _within_cgroups(root: Path, enough: float) -> Iterator[Room]:
     """What every cgroup above this process has left; its page cache counts as free."""
     with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
+        for line in _text(f"{root}/proc/self/cgroup").splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "memory" not in controllers.split(","):
                 continue
-            top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-            group = top / path.lstrip("/")
+            top = f"{root}/sys/fs/cgroup" + ("/memory" if controllers else "")
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_") if controllers else _VERSION_2
-            for folder in (group, *group.parents):
-                if folder.is_relative_to(top):
-                    yield from _left(folder, *names)
+            parts = [part for part in path.split("/") if part]
+            for depth in range(len(parts), -1, -1):
+                yield from _left("/".join((top, *parts[:depth])), *names, enough)
 
 
 _VERSION_2 = ("memory.max", "memory.current", "")
 
 
-def _left(group: Path, limit_file: str, usage_file: str, prefix: str) -> Iterator[int]:
+def _left(group: str, limit_file: str, usage_file: str, prefix: str, enough: float) -> Iterator[Room]:
     with suppress(OSError, ValueError):  # the root has no such files, a limit may be "max"
-        limit = int((group / limit_file).read_text())  # or, in version 1, a number beyond any machine's
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-        yield limit - int((group / usage_file).read_text()) + cached
+        limit = int(_text(f"{group}/{limit_file}"))
+        if limit >= UNLIMITED:
+            return
+        left = limit - int(_text(f"{group}/{usage_file}"))
+        if left < enough:
+            stat = dict(line.split() for line in _text(f"{group}/memory.stat").splitlines())
+            left += sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+        yield Room(left, f"within the limit of {limit / 1e9:.2f} GB that {group}/{limit_file} sets")
+
+
+def _text(path: str) -> str:
+    with open(path) as file:
+        return file.read()
 
 
 def nvidia_gpu() -> tuple[str, int]:

@@ -1,13 +1,14 @@
 """What a model takes, and how it runs within a budget: arithmetic alone, before a single tensor is allocated.
 
 A budget holds all of a process: weights, key-value cache, what the operations need while they compute, and the process
-itself. Where the experts do not all fit, the others are read from disk when a token is routed to them.
+itself. Where the experts do not all fit, the first part of each stays in memory, its head, and the rest, its tail, is
+read from disk when a token is routed to it: so the disk works while the heads are computed with, in every layer.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
@@ -22,7 +23,9 @@ PRECISIONS = (32, 16, 8, 4, 3, 2)
 UNASKED = (16, 8, 4)
 """Of these the planner chooses. Below 4 bits a model loses what a person would notice; that is for them to ask for."""
 PASSING = 2
-"""Expert slots at least: one in use, and one that the next is read into."""
+"""Slots for tails at least: one in use, and one that the next is read into."""
+SLOTS = 4
+"""So many where there is room: what the disk needs to be busy."""
 DEFAULT_CONTEXT = 4096
 
 BASE = 300_000_000
@@ -317,10 +320,10 @@ def workspace_bytes(args: ModelArgs, weights: Weights, context: int, batch: int)
     return attention + mixture + around + ring + batch * args.vocab_size * (number + 3 * 4) + SLACK
 
 
-def footprint_of(args: ModelArgs, weights: Weights, context: int, batch: int, slots: int | None = None) -> Footprint:
-    """With every expert in memory, or so many slots for them."""
+def footprint_of(args: ModelArgs, weights: Weights, context: int, batch: int, experts: int | None = None) -> Footprint:
+    """With every expert in memory, or so many bytes of them."""
     return Footprint(
-        experts=weights.experts if slots is None else slots * weights.expert,
+        experts=weights.experts if experts is None else experts,
         rest=weights.rest,
         kv_cache=kv_cache_bytes(args, context, batch, weights.number),
         workspace=workspace_bytes(args, weights, context, batch),
@@ -328,6 +331,59 @@ def footprint_of(args: ModelArgs, weights: Weights, context: int, batch: int, sl
 
 
 # ---------------------------------------- plans
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which experts are in memory, where they do not all fit.
+
+    Attributes:
+        nbytes: of memory for experts.
+        slots: tails that there is room for at a time; the one used longest ago makes room for the next.
+        pinned: experts of which all stays, by layer and number; of the others as long a head as there is room for.
+        prefetch: read what the next layer's router would choose now, before it does.
+    """
+
+    nbytes: int
+    slots: int
+    pinned: frozenset[tuple[int, int]] = frozenset()
+    prefetch: bool = False
+
+    def head_share(self, n_experts: int, expert: int) -> float:
+        """Return how much of an expert that is not pinned stays in memory, 0 to 1.
+
+        Args:
+            n_experts: in all layers.
+            expert: bytes of one.
+        """
+        others = n_experts - len(self.pinned)
+        if others <= self.slots:
+            return 1.0
+        room = self.nbytes - (len(self.pinned) + self.slots) * expert
+        return min(1.0, max(0.0, room / ((others - self.slots) * expert)))
+
+    def resident_share(self, n_experts: int, expert: int) -> float:
+        """Return how much of all experts stays in memory, 0 to 1; the tails in slots do not count."""
+        pinned = len(self.pinned) / n_experts
+        return pinned + (1 - pinned) * self.head_share(n_experts, expert)
+
+
+def place_experts(
+    nbytes: int, expert: int, pinned: Iterable[tuple[int, int]] = (), prefetch: bool = False
+) -> Placement:
+    """Return how so many bytes are shared out among experts of ``expert`` bytes.
+
+    Raises:
+        OptionError: they are less than PASSING experts take.
+    """
+    pinned = frozenset(pinned)
+    slots = min(SLOTS, nbytes // expert - len(pinned))
+    if slots < PASSING:
+        raise OptionError(
+            f"{nbytes} bytes of memory for experts of {expert}, {len(pinned)} of them pinned, are too few",
+            hint=f"give {(PASSING + len(pinned)) * expert} bytes or more",
+        )
+    return Placement(nbytes, slots, pinned, prefetch)
 
 
 @dataclass(frozen=True)
@@ -340,9 +396,7 @@ class MemoryPlan:
         budget: bytes that all of the process may take.
         context: tokens of a sequence.
         batch: sequences side by side.
-        resident: experts that stay in memory.
-        streamed: experts that are read from disk when they are needed.
-        slots: experts that memory has room for: the resident ones, and PASSING more where others are streamed.
+        placement: of the experts; None where all are in memory.
         footprint: what is taken of the budget.
         reason: why this precision, and why these experts.
     """
@@ -352,9 +406,7 @@ class MemoryPlan:
     budget: int
     context: int
     batch: int
-    resident: int
-    streamed: int
-    slots: int
+    placement: Placement | None
     footprint: Footprint
     reason: str
 
@@ -362,6 +414,23 @@ class MemoryPlan:
     def bits(self) -> int | None:
         """Of a weight; None for a store, whose precision is its own."""
         return self.weights.bits
+
+    @property
+    def share(self) -> float:
+        """How much of the experts stays in memory, 0 to 1."""
+        if self.placement is None:
+            return 1.0
+        return self.placement.resident_share(self.weights.n_experts, self.weights.expert)
+
+    @property
+    def resident(self) -> int:
+        """So many experts' worth of memory."""
+        return int(self.share * self.weights.n_experts)
+
+    @property
+    def streamed(self) -> int:
+        """And so many that is read from disk."""
+        return self.weights.n_experts - self.resident
 
     @property
     def _touched(self) -> float:
@@ -381,18 +450,18 @@ class MemoryPlan:
     @property
     def disk_bytes(self) -> float:
         """Bytes that it reads from disk, if no expert is likelier than another."""
-        return self._touched * self.weights.expert * self.streamed / max(self.weights.n_experts, 1)
+        return self._touched * self.weights.expert * (1 - self.share)
 
     def decode_tok_s(self, read: float, disk: float) -> tuple[float, float | None]:
         """Return the most tokens a second that bandwidths allow: that of memory, and that of disk where it is used.
 
         Keys and values come on top: they are few at first.
         """
-        return self.batch * read / self.read_bytes, self.batch * disk / self.disk_bytes if self.streamed else None
+        return self.batch * read / self.read_bytes, self.batch * disk / self.disk_bytes if self.placement else None
 
     def prefill_tok_s(self, disk: float) -> float | None:
         """Return the most prompt tokens a second where experts are streamed: a chunk reads each of them once."""
-        return CHUNK * disk / (self.streamed * self.weights.expert) if self.streamed else None
+        return CHUNK * disk / (self.weights.experts * (1 - self.share)) if self.placement else None
 
 
 def make_plan(
@@ -426,27 +495,15 @@ def make_plan(
     for weights in choices:
         whole = footprint_of(args, weights, context, batch)
         if whole.total <= budget:
-            n = weights.n_experts
             reason = _why(weights, choices, fits=True)
-            return MemoryPlan(args, weights, budget, context, batch, n, 0, n, whole, reason)
+            return MemoryPlan(args, weights, budget, context, batch, None, whole, reason)
     weights = choices[-1]
-    bare = footprint_of(args, weights, context, batch, slots=0)
-    slots = (budget - bare.total) // weights.expert if weights.expert else 0
-    if slots < PASSING:
+    room = budget - footprint_of(args, weights, context, batch, experts=0).total
+    if not weights.expert or room < PASSING * weights.expert:
         raise _too_small(args, budget, choices, context, batch)
-    resident = slots - PASSING
-    return MemoryPlan(
-        args,
-        weights,
-        budget,
-        context,
-        batch,
-        resident=resident,
-        streamed=weights.n_experts - resident,
-        slots=slots,
-        footprint=footprint_of(args, weights, context, batch, slots=slots),
-        reason=_why(weights, choices, fits=False),
-    )
+    placement = place_experts(room, weights.expert)
+    size = footprint_of(args, weights, context, batch, experts=room)
+    return MemoryPlan(args, weights, budget, context, batch, placement, size, _why(weights, choices, fits=False))
 
 
 def verdict(args: ModelArgs, weights: Weights, budget: int, context: int, batch: int) -> str:
@@ -484,14 +541,14 @@ def _or(numbers: Sequence[int]) -> str:
 
 def _least(args: ModelArgs, weights: Weights, context: int, batch: int) -> int:
     """The smallest budget in this precision that streams; of a dense model, which has no experts, everything."""
-    return footprint_of(args, weights, context, batch, slots=PASSING).total
+    return footprint_of(args, weights, context, batch, experts=PASSING * weights.expert).total
 
 
 def _too_small(args: ModelArgs, budget: int, choices: list[Weights], context: int, batch: int) -> OptionError:
     weights = choices[-1]  # the one that may stream; of a tiny model, where padding counts, another may take less
     wholes = [footprint_of(args, choice, context, batch).total for choice in choices]
     least = min(_least(args, weights, context, batch), *wholes)
-    bare = footprint_of(args, weights, context, batch, slots=0)
+    bare = footprint_of(args, weights, context, batch, experts=0)
     parts = [
         f"{show_size(bare.rest)} of weights" + (" that are no experts" if weights.n_experts else ""),
         f"{show_size(bare.kv_cache)} of KV cache",

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from octavo.quant.formats import Packed
 from octavo.storage.files import MappedFile, PlainFile
 from octavo.storage.folder import Folder, LocalFolder
 from octavo.storage.packed import undo_packing
-from octavo.storage.packed_octavo import declares_store, open_shard, store_file
+from octavo.storage.packed_octavo import StoreFile, declares_store, open_shard, store_file
 from octavo.storage.safetensors import INDEX, SINGLE, ShardedSafetensors
 from octavo.storage.source import MergedSource, Rows, TensorInfo, TensorSource, row_range
 from octavo.tokenizer import Tokenizer
@@ -147,11 +147,27 @@ class Checkpoint(TensorSource):
         Raises:
             CheckpointError: there is no such tensor, or its shape is another than the model's.
         """
+        file, name = self._in_store(name)
+        return None if file is None else file.packed(name)
+
+    def compare(self, name: str, parts: Iterable[memoryview]) -> None:
+        """Compare the bytes of a store's tensor, which somebody else has read, with their checksum.
+
+        Nothing is compared where there are none, in what is no store.
+
+        Raises:
+            CheckpointError: they are others than were written, or there is no such tensor.
+        """
+        file, name = self._in_store(name)
+        if file is not None:
+            file.compare(name, parts)
+
+    def _in_store(self, name: str) -> tuple[StoreFile | None, str]:
+        """The file that holds a tensor if it is a store's, and what the tensor is called there."""
         self.info(name)
         place = self._places.get(name)
         name = name if place is None else place[0].name
-        file = store_file(self.stored, name)
-        return None if file is None else file.packed(name)
+        return store_file(self.stored, name), name
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
         """Compare every tensor of a store with its checksum.

@@ -1,6 +1,17 @@
-"""Experts that lie on disk: a pool of slots with a budget in bytes, and the call on the model's seam that uses it."""
+"""Experts that do not all fit into memory: a budget in bytes, and the call on the model's seam that keeps it."""
 
 from octavo.experts.cache import CacheCounters, ExpertCache, LayerCounters
+from octavo.experts.replay import placement_from_trace
 from octavo.experts.streamed import StreamedExperts
+from octavo.experts.trace import RoutingTrace, read_trace, record
 
-__all__ = ["CacheCounters", "ExpertCache", "LayerCounters", "StreamedExperts"]
+__all__ = [
+    "CacheCounters",
+    "ExpertCache",
+    "LayerCounters",
+    "RoutingTrace",
+    "StreamedExperts",
+    "placement_from_trace",
+    "read_trace",
+    "record",
+]

@@ -1,28 +1,44 @@
-"""One pool of slots for the experts of all layers, with a budget in bytes.
+"""One pool of memory for the experts of all layers, with a budget in bytes.
 
-Some experts may be pinned; of the others, the one that was used longest ago makes room. Nothing in here knows what
-an expert computes.
+Of every expert the head, its first bytes, stays in memory once it was read, and the tail is read into a slot when it is
+needed; the tail that was used longest ago makes room. So a token reads as much in one layer as in the next, and the
+disk works while the heads are computed with: experts that are there or not there as a whole would leave it idle
+through the layers that miss none. Pinned experts are all head. Nothing in here knows what an expert computes.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
+import random
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from octavo.errors import OptionError
-from octavo.experts.reader import Reader, joined, pages
-from octavo.plan import PASSING
+from octavo.errors import CheckpointError, OptionError
+from octavo.experts.reader import Layout, Read, Reader
+from octavo.machine import check_room
+from octavo.plan import PASSING, Placement
 from octavo.storage.files import Place
 
 Key = tuple[int, int]
 """Layer and number of an expert."""
+
+
+class Stored(NamedTuple):
+    """A matrix of an expert on the disk.
+
+    Attributes:
+        place: of its bytes.
+        step: so many of them stay together: a panel of a low-bit matrix, 16 rows of another.
+    """
+
+    place: Place
+    step: int
 
 
 @dataclass
@@ -30,17 +46,29 @@ class LayerCounters:
     """What happened in one layer.
 
     Attributes:
-        hits, misses: experts that were there when they were asked for, and that were not.
-        evictions: experts that made room for one of this layer.
+        hits, misses: experts all of which was there when they were asked for, and of which something was not.
+        evictions: tails that made room for one of this layer.
+        asked_nbytes, found_nbytes: of the experts that were asked for, and of what was there of them.
         nbytes: read.
-        wait_seconds: spent waiting for reads.
+        wait_seconds: in which the computation waited for reads.
     """
 
     hits: int = 0
     misses: int = 0
     evictions: int = 0
+    asked_nbytes: int = 0
+    found_nbytes: int = 0
     nbytes: int = 0
     wait_seconds: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the bytes asked for that were there; 0 where none were."""
+        return self.found_nbytes / max(1, self.asked_nbytes)
+
+    def since(self, earlier: LayerCounters) -> LayerCounters:
+        """What happened since a copy was made."""
+        return LayerCounters(**{name: now - getattr(earlier, name) for name, now in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -58,167 +86,386 @@ class CacheCounters:
         """All layers together."""
         sums = LayerCounters()
         for one in self.layers.values():
-            for name, value in vars(one).items():
-                setattr(sums, name, getattr(sums, name) + value)
+            for field in fields(one):
+                setattr(sums, field.name, getattr(sums, field.name) + getattr(one, field.name))
         return sums
 
     @property
     def hit_rate(self) -> float:
-        """Share of the experts asked for that were there; 0 where none were."""
-        total = self.total
-        return total.hits / max(1, total.hits + total.misses)
+        """Share of the bytes asked for that were there; 0 where none were."""
+        return self.total.hit_rate
+
+    def copy(self) -> CacheCounters:
+        """As they are now."""
+        return CacheCounters({layer: LayerCounters(**vars(one)) for layer, one in self.layers.items()})
+
+    def since(self, earlier: CacheCounters) -> CacheCounters:
+        """What happened since a copy was made."""
+        return CacheCounters({layer: one.since(earlier.layers[layer]) for layer, one in self.layers.items()})
+
+
+class _Part:
+    """The head or the tail of an expert: pieces of its matrices, of which the file has them one behind the other."""
+
+    def __init__(self, pieces: Sequence[Place]) -> None:
+        self.layout = Layout([piece for piece in pieces if piece.begin < piece.end])
+        begins = iter(self.layout.begins)
+        self.begins = [next(begins) if piece.begin < piece.end else 0 for piece in pieces]
+        self.sizes = [piece.end - piece.begin for piece in pieces]
+        self.nbytes = sum(self.sizes)
 
 
 @dataclass(eq=False)
-class Slot:
-    """A place in memory, and the expert that is or will be there.
+class _Slot:
+    """Memory for a tail, and the expert whose tail is or will be there.
 
     Attributes:
-        key: whose.
-        tensors: uint8, the bytes of each matrix.
+        ahead: it was read before anybody asked for it, and nobody has yet.
     """
 
-    memory: memoryview
+    address: int
     key: Key | None = None
-    tensors: list[Tensor] = field(default_factory=list)
-    reads: list[Future[None]] = field(default_factory=list)
+    read: Read | None = None
     users: int = 0
+    ahead: bool = False
+
+
+class Piece(NamedTuple):
+    """Bytes of a matrix in memory: where, how many, and what to wait for if they are still being read."""
+
+    address: int
+    nbytes: int
+    read: Read | None
+
+
+@dataclass(eq=False)
+class Held:
+    """An expert that was taken, and stays until it is given back.
+
+    Attributes:
+        matrices: head and tail of each; either may be empty.
+    """
+
+    key: Key
+    matrices: list[tuple[Piece, Piece]]
+    slot: _Slot | None
 
 
 class ExpertCache:
-    """Experts in memory, as many as a budget holds.
+    """Experts in memory, as far as a budget holds them.
 
     Args:
-        places: where each expert's matrices lie.
-        budget: bytes for all slots.
-        pinned: experts that stay once they are there.
+        experts: the matrices of each.
+        placement: how much memory there is, and for what.
+        verify: is given an expert and the bytes of each matrix, in two parts, once they were read for the first time;
+            raises if they are not as they should be.
+
+    Attributes:
+        n_slots: tails that there is room for at a time.
+        nbytes: of memory; no more than the placement's, but for pages that are half filled.
 
     Raises:
-        OptionError: the budget holds less than two experts, or no more than the pinned ones and one.
+        OptionError: there is less room than PASSING experts and the pinned ones take.
 
     Not thread-safe: one thread asks; reads run on threads of their own.
     """
 
-    def __init__(self, places: Mapping[Key, Sequence[Place]], budget: int, pinned: Collection[Key] = ()) -> None:
-        self._places = {key: tuple(of_expert) for key, of_expert in places.items()}
-        self.slot_nbytes = max(map(_slot_nbytes, self._places.values()))
-        self.n_slots = min(budget // self.slot_nbytes, len(self._places))
-        self.pinned = frozenset(pinned)
-        if self.n_slots < min(PASSING, len(self._places)):
-            raise OptionError(
-                f"{budget} bytes hold {self.n_slots} experts of {self.slot_nbytes}; at least {PASSING} are needed",
-                hint=f"give {PASSING * self.slot_nbytes} bytes or more",
-            )
-        if len(self.pinned) >= self.n_slots and len(self._places) > self.n_slots:
-            raise OptionError(
-                f"{len(self.pinned)} experts are pinned, and there are {self.n_slots} slots",
-                hint="leave one slot at least to the others",
-            )
-        self._mapping = mmap.mmap(-1, self.n_slots * self.slot_nbytes)  # takes memory as it is written to
-        whole, step = memoryview(self._mapping), self.slot_nbytes
-        self._free = [Slot(whole[i * step : (i + 1) * step]) for i in reversed(range(self.n_slots))]
-        self._used: OrderedDict[Key, Slot] = OrderedDict()  # longest ago first
+    def __init__(
+        self,
+        experts: Mapping[Key, Sequence[Stored]],
+        placement: Placement,
+        verify: Callable[[Key, list[tuple[memoryview, memoryview]]], None] | None = None,
+    ) -> None:
+        self.placement, self._verify = placement, verify
+        self._heads, self._tails, self.n_slots = _share_out(experts, placement)
+        slot_nbytes = max((tail.layout.nbytes for tail in self._tails.values()), default=0)
+        self.nbytes = sum(head.layout.nbytes for head in self._heads.values()) + self.n_slots * slot_nbytes
+        self._memory = _Memory(self.nbytes)
+        address = self._memory.address
+        self._head_at: dict[Key, int] = {}
+        for key, head in self._heads.items():
+            self._head_at[key] = address
+            address += head.layout.nbytes
+        self._free = [_Slot(address + i * slot_nbytes) for i in reversed(range(self.n_slots))]
+        self._used: OrderedDict[Key, _Slot] = OrderedDict()  # longest ago first
+        self._head_reads: dict[Key, Read | None] = {}  # None: read, and as it should be
+        self._verified: set[Key] = set()
         self._reader = Reader()
-        self._layers = {layer: LayerCounters() for layer, _ in sorted(self._places)}
+        self._process = os.getpid()
+        self._layers = {layer: LayerCounters() for layer, _ in sorted(experts)}
 
     @property
     def counters(self) -> CacheCounters:
         """What happened so far; a view that goes on counting."""
         return CacheCounters(self._layers)
 
-    def holds(self, key: Key) -> bool:
-        """Whether an expert is there, or being read."""
-        return key in self._used
+    def has_layer(self, layer: int) -> bool:
+        """Whether a layer of this number has experts here."""
+        return layer in self._layers
 
-    def take(self, key: Key) -> Slot | None:
-        """Ask for an expert, which is then being read if it was not there; None where every slot is in use.
+    def holds(self, key: Key) -> bool:
+        """Whether all of an expert is there, or being read."""
+        return key in self._head_reads and (key in self._used or not self._tails[key].nbytes)
+
+    def take(self, key: Key) -> Held | None:
+        """Ask for an expert, which is then being read as far as it is not there; None where every slot is in use.
 
         What is taken stays until `give_back`.
-        """
-        counters, slot = self._layers[key[0]], self._used.get(key)
-        if slot is not None and not slot.users and any(read.done() and read.exception() for read in slot.reads):
-            self._forget(slot)  # nobody waited for it, so nobody was told
-            slot = None
-        if slot is not None:
-            counters.hits += 1
-        else:
-            slot = self._make_room(counters)
-            if slot is None:
-                return None
-            counters.misses += 1
-            self._read(slot, key, counters)
-        self._used.move_to_end(key)
-        slot.users += 1
-        return slot
-
-    def wait(self, slot: Slot) -> list[Tensor]:
-        """The bytes of each matrix of a slot's expert, once they are there.
 
         Raises:
-            CheckpointError: they cannot be read; the expert is forgotten, so that the next to ask tries again.
+            CheckpointError: a file is gone, or not as it was.
+            ResourceError: others have taken the memory that the budget promised.
         """
-        if slot.reads and slot.key is not None:
-            counters, started = self._layers[slot.key[0]], time.perf_counter()
-            try:
-                for read in slot.reads:
-                    read.result()
-            except BaseException:
-                self._forget(slot)
-                raise
-            finally:
-                slot.reads = []
-                counters.wait_seconds += time.perf_counter() - started
-        return slot.tensors
+        self._check_process()
+        self._forget_failed(key)
+        head, tail, slot = self._heads[key], self._tails[key], self._used.get(key)
+        counters = self._layers[key[0]]
+        found = (key in self._head_reads) * head.nbytes + (slot is not None and not slot.ahead) * tail.nbytes
+        if tail.nbytes and slot is None:
+            slot = self._make_room(counters, ahead=False)
+            if slot is None:
+                return None
+            self._read_tail(slot, key, later=False)
+        if slot is not None:
+            if slot.ahead and slot.read is not None:
+                self._reader.hurry(slot.read)
+            slot.ahead = False
+            self._used.move_to_end(key)
+            slot.users += 1
+        try:
+            self._read_head(key)
+        except BaseException:
+            if slot is not None:
+                slot.users -= 1
+            raise
+        counters.asked_nbytes += head.nbytes + tail.nbytes
+        counters.found_nbytes += found
+        counters.hits += found == head.nbytes + tail.nbytes
+        counters.misses += found < head.nbytes + tail.nbytes
+        return Held(key, self._matrices(key, slot), slot)
 
-    def give_back(self, slot: Slot) -> None:
-        """Say that a slot is not in use any more."""
-        slot.users = max(0, slot.users - 1)  # 0 already, if its expert could not be read
+    def prefetch(self, key: Key) -> bool:
+        """Begin to read what an expert lacks, behind all that is waited for; False where there is no room for it."""
+        self._forget_failed(key)
+        if self._tails[key].nbytes and key not in self._used:
+            slot = self._make_room(self._layers[key[0]], ahead=True)
+            if slot is None:
+                return False
+            slot.ahead = True
+            self._read_tail(slot, key, later=True)
+        self._read_head(key)
+        return True
+
+    def end_layer(self, layer: int) -> None:
+        """Say that nothing more is asked for in a layer: what was read ahead for it in vain is like all else now."""
+        for key, slot in self._used.items():
+            if key[0] == layer:
+                slot.ahead = False
+
+    def check(self, held: Held) -> None:
+        """Wait for what an expert lacks; after what was computed with it: whether that is valid.
+
+        Raises:
+            CheckpointError: it cannot be read, or is not what was written. It is forgotten, so that the next to ask
+                tries again.
+        """
+        try:
+            for read in self._reads(held.key):
+                read.check()
+            if held.key not in self._verified:
+                if self._verify is not None:
+                    self._verify(held.key, [(_view(head), _view(tail)) for head, tail in held.matrices])
+                self._verified.add(held.key)
+        except BaseException:
+            self._forget(held.key)
+            raise
+        self._head_reads[held.key] = None
+        if held.slot is not None:
+            held.slot.read = None
+
+    def is_verified(self, held: Held) -> bool:
+        """Whether it was found to be as written before, so that a kernel may begin while it is being read again."""
+        return held.key in self._verified
+
+    def give_back(self, held: Held) -> None:
+        """Say that an expert is not in use any more."""
+        if held.slot is not None and held.slot.users:  # none, if it could not be read
+            held.slot.users -= 1
+
+    def disk_bandwidth(self, nbytes: int) -> float:
+        """Read again, all at once, what is in memory already, and return bytes a second: what the disk can do.
+
+        Args:
+            nbytes: at least so many, of experts chosen at random; fewer if there is less.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        heads = [key for key, read in self._head_reads.items() if read is None]
+        there = [(self._heads[key].layout, self._head_at[key]) for key in heads]
+        there += [(self._tails[key].layout, slot.address) for key, slot in self._used.items() if slot.read is None]
+        random.shuffle(there)
+        reads, done, started = [], 0, time.perf_counter()
+        for layout, address in there:
+            reads.append(self._reader.start(layout, address))
+            done += layout.nbytes
+            if done >= nbytes:
+                break
+        for read in reads:
+            read.check()
+        return done / (time.perf_counter() - started)
 
     def close(self) -> None:
         """Wait for running reads; nothing can be asked for afterwards."""
         self._reader.close()
 
-    def _make_room(self, counters: LayerCounters) -> Slot | None:
-        if self._free:
-            return self._free.pop()
-        for key, slot in self._used.items():
-            if not slot.users and key not in self.pinned:
-                self._forget(slot)
-                counters.evictions += 1
-                return self._free.pop()
-        return None
+    # ---------------------------------------- reading
 
-    def _read(self, slot: Slot, key: Key, counters: LayerCounters) -> None:
-        slot.key, slot.tensors, slot.reads, at = key, [], [], 0
-        self._used[key] = slot
+    def _read_head(self, key: Key) -> None:
+        if key not in self._head_reads:
+            head = self._heads[key]
+            check_room(head.layout.nbytes)
+            read = self._reader.start(head.layout, self._head_at[key]) if head.nbytes else None
+            self._head_reads[key] = read
+            self._layers[key[0]].nbytes += head.layout.nbytes
+
+    def _read_tail(self, slot: _Slot, key: Key, *, later: bool) -> None:
+        tail = self._tails[key]
         try:
-            for place in joined(self._places[key]):
-                first, last = pages(place)
-                slot.reads += self._reader.start(place, slot.memory[at : at + last - first])
-                counters.nbytes += last - first
-                begin = at + place.begin - first
-                slot.tensors += _split(slot.memory[begin : begin + place.end - place.begin], self._places[key], place)
-                at += last - first
+            slot.read = self._reader.start(tail.layout, slot.address, later=later)
         except BaseException:
-            self._forget(slot)
+            slot.ahead = False
+            self._free.append(slot)
             raise
+        slot.key = key
+        self._used[key] = slot
+        self._layers[key[0]].nbytes += tail.layout.nbytes
 
-    def _forget(self, slot: Slot) -> None:
-        for read in slot.reads:
-            if not read.cancel():
-                read.exception()  # until then the memory may be written to
+    def _matrices(self, key: Key, slot: _Slot | None) -> list[tuple[Piece, Piece]]:
+        head, tail = self._heads[key], self._tails[key]
+        head_read, head_at = self._head_reads[key], self._head_at[key]
+        tail_read, tail_at = (slot.read, slot.address) if slot is not None else (None, 0)
+        return [
+            (
+                Piece(head_at + head.begins[i], head.sizes[i], head_read),
+                Piece(tail_at + tail.begins[i], tail.sizes[i], tail_read),
+            )
+            for i in range(len(head.sizes))
+        ]
+
+    def _reads(self, key: Key) -> list[Read]:
+        slot = self._used.get(key)
+        reads = (self._head_reads.get(key), None if slot is None else slot.read)
+        return [read for read in reads if read is not None]
+
+    # ---------------------------------------- forgetting
+
+    def _make_room(self, counters: LayerCounters, *, ahead: bool) -> _Slot | None:
+        """A free slot; what was read ahead makes room last, and not for more of it."""
+        if not self._free:
+            unused = [slot for slot in self._used.values() if not slot.users and not (ahead and slot.ahead)]
+            if not unused:
+                return None
+            self._empty(next((slot for slot in unused if not slot.ahead), unused[0]))
+            counters.evictions += 1
+        return self._free.pop()
+
+    def _empty(self, slot: _Slot) -> None:
+        if slot.read is not None:
+            self._reader.cancel(slot.read)  # until then the memory may be written to
         if slot.key is not None:
             self._used.pop(slot.key, None)
-        slot.key, slot.reads, slot.tensors, slot.users = None, [], [], 0
+        slot.key, slot.read, slot.users, slot.ahead = None, None, 0, False
         self._free.append(slot)
 
+    def _forget_failed(self, key: Key) -> None:
+        """What was read ahead, and failed while nobody waited for it."""
+        slot = self._used.get(key)
+        if slot is not None and slot.users:
+            return
+        for read in self._reads(key):
+            if read.done:
+                try:
+                    read.check()
+                except CheckpointError:
+                    self._forget(key)
+                    return
 
-def _slot_nbytes(places: Sequence[Place]) -> int:
-    return sum(last - first for first, last in map(pages, joined(places)))
+    def _forget(self, key: Key) -> None:
+        head = self._head_reads.get(key)
+        if head is not None:
+            self._reader.cancel(head)
+        self._head_reads.pop(key, None)
+        self._verified.discard(key)
+        if key in self._used:
+            self._empty(self._used[key])
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise OptionError(
+                "this process was forked from the one that loaded the model, whose threads read the experts",
+                hint="load the model in the process that uses it",
+            )
 
 
-def _split(memory: memoryview, places: Sequence[Place], whole: Place) -> list[Tensor]:
-    """The parts of joined places as tensors, in their order."""
-    inside = [p for p in places if p.file is whole.file and whole.begin <= p.begin and p.end <= whole.end]
-    data = torch.frombuffer(memory, dtype=torch.uint8)
-    return [data[p.begin - whole.begin : p.end - whole.begin] for p in inside]
+class _Memory:
+    """Anonymous memory, which is taken as it is written to."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._mapping = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer entries of page tables for direct reads to look up
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._whole = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self.address = self._whole.data_ptr()
+
+
+def _share_out(
+    experts: Mapping[Key, Sequence[Stored]], placement: Placement
+) -> tuple[dict[Key, _Part], dict[Key, _Part], int]:
+    """Cut every expert into head and tail, so that all heads and some tails fit into the placement's bytes."""
+    sizes = {key: sum(m.place.end - m.place.begin for m in matrices) for key, matrices in experts.items()}
+    largest, pinned = max(sizes.values()), placement.pinned & experts.keys()
+    share = placement.head_share(len(experts), largest)
+    while True:
+        heads, tails = {}, {}
+        for key, matrices in experts.items():
+            head = _cut(matrices, sizes[key] if key in pinned else int(share * sizes[key]))
+            heads[key] = _Part([Place(m.place.file, m.place.begin, at) for m, at in zip(matrices, head, strict=True)])
+            tails[key] = _Part([Place(m.place.file, at, m.place.end) for m, at in zip(matrices, head, strict=True)])
+        slots = min(placement.slots, sum(tail.nbytes > 0 for tail in tails.values()))
+        nbytes = sum(head.layout.nbytes for head in heads.values())
+        nbytes += slots * max(tail.layout.nbytes for tail in tails.values())
+        if nbytes <= placement.nbytes:
+            return heads, tails, slots
+        if share <= 0:
+            least = (len(pinned) + slots) * largest  # but for a few kilobytes, of pages that are half filled
+            if least <= placement.nbytes:
+                return heads, tails, slots
+            raise _too_few(placement, largest, len(pinned), least)
+        # Whole pages, and experts of different sizes, take more than the share says.
+        share = max(0.0, share - (nbytes - placement.nbytes) / sum(sizes.values()) - 1e-4)
+
+
+def _cut(matrices: Sequence[Stored], nbytes: int) -> list[int]:
+    """Where each matrix's head ends in its file: in all at most so many bytes, and whole steps."""
+    ends = []
+    for matrix in matrices:
+        begin, end = matrix.place.begin, matrix.place.end
+        at = end if end - begin <= nbytes else begin + nbytes // matrix.step * matrix.step
+        ends.append(at)
+        nbytes = nbytes - (end - begin) if at == end else 0
+    return ends
+
+
+def _too_few(placement: Placement, largest: int, n_pinned: int, nbytes: int) -> OptionError:
+    return OptionError(
+        f"{placement.nbytes} bytes hold less than {PASSING} experts of {largest} bytes"
+        + (f" and {n_pinned} pinned ones" if n_pinned else ""),
+        hint=f"give {nbytes} bytes or more",
+    )
+
+
+def _view(piece: Piece) -> memoryview:
+    import ctypes
+
+    return memoryview((ctypes.c_char * piece.nbytes).from_address(piece.address)) if piece.nbytes else memoryview(b"")

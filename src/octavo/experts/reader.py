@@ -2,23 +2,27 @@
 
 Direct reads (``O_DIRECT``) leave no second copy in the page cache, so that a budget holds, and are the fastest that a
 disk has. They begin and end at whole pages, in the file and in memory. Where a file system has none, pages are read as
-usual and given back at once.
+usual and given back at once. The threads that read are compiled code (csrc/reader.cpp), for which kernels can wait.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from octavo.errors import CheckpointError
+from octavo.kernels.ops import compiled
 from octavo.storage.files import MappedFile, Place
 
 PAGE = 4096
-PART = 8 << 20  # bytes of one read
-IN_FLIGHT = 6  # reads at a time: what it takes to keep an NVMe disk busy
+THREADS = 8  # reads in flight: what it takes to keep an NVMe disk busy
+SHORT, CANCELLED = -1, -2  # csrc/reader.h
 
 
 def pages(place: Place) -> tuple[int, int]:
@@ -37,50 +41,135 @@ def joined(places: Sequence[Place]) -> list[Place]:
     return found
 
 
-@dataclass
-class _Open:
-    """A file, opened."""
+class Layout:
+    """Where the bytes of some places come to lie in memory that begins at a page.
+
+    Attributes:
+        reads: what to read, and at which offset in memory its first page belongs.
+        begins: offset of each place's first byte.
+        nbytes: of memory, whole pages.
+    """
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.reads: list[tuple[Place, int]] = []
+        self.nbytes = 0
+        for place in joined(places):
+            first, last = pages(place)
+            self.reads.append((place, self.nbytes))
+            self.nbytes += last - first
+        self.begins = [self._begin(place) for place in places]
+
+    def _begin(self, place: Place) -> int:
+        for whole, at in self.reads:
+            if whole.file is place.file and whole.begin <= place.begin and place.end <= whole.end:
+                return at + place.begin - pages(whole)[0]
+        raise AssertionError("a place is in one of the joined ones")
+
+
+class Read:
+    """What is being read, and from which files."""
+
+    def __init__(self, native: Any, files: dict[int, MappedFile]) -> None:
+        self.native = native
+        self._files = files
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is written any more."""
+        return bool(self.native.done())
+
+    def check(self) -> None:
+        """Wait for the end.
+
+        Raises:
+            CheckpointError: a file no longer has the bytes, or cannot be read.
+        """
+        self.native.wait()
+        error, handle, at = self.native.failed()
+        if not error:
+            return
+        if error == CANCELLED:
+            raise CheckpointError("the read was given up")
+        file = self._files[handle]
+        if error == SHORT:
+            raise _changed(file, at)
+        raise CheckpointError(
+            f"{file.location}: byte {at} and what follows cannot be read ({os.strerror(error)})",
+            hint="is the disk still there, and sound? the next request tries again",
+        )
+
+
+class _Open(NamedTuple):
+    """A file, opened; as it was then."""
 
     handle: int
     direct: bool
     size: int
+    changed_ns: int
 
 
 class Reader:
     """Threads that read, and the files that they have opened."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="octavo-read")
+        self._native = compiled().Reader(THREADS)
         self._open: dict[str, _Open] = {}
 
     def close(self) -> None:
-        """Wait for running reads, and close the files."""
-        self._pool.shutdown(cancel_futures=True)
+        """Give up what has not begun, wait for the rest, and close the files."""
+        self._native = None
         for opened in self._open.values():
             os.close(opened.handle)
         self._open.clear()
 
-    def start(self, place: Place, into: memoryview) -> list[Future[None]]:
-        """Begin to read the whole pages that hold a place.
+    def start(self, layout: Layout, address: int, *, later: bool = False) -> Read:
+        """Begin to read what a layout holds.
 
         Args:
-            place: what is needed.
-            into: memory for these pages, which begins at one.
+            layout: of the bytes.
+            address: of memory for it, which begins at a page.
+            later: behind all that is read without this.
 
-        Returns:
-            What to wait for. It raises CheckpointError where the file no longer has the bytes, or cannot be read.
+        Raises:
+            CheckpointError: a file is gone, or not as it was.
         """
-        first, last = pages(place)
-        opened = self._opened(place.file)
-        return [
-            self._pool.submit(_read, place.file, opened, begin, into[begin - first : min(begin + PART, last) - first])
-            for begin in range(first, last, PART)
-        ]
+        segments, files = [], {}
+        for place, at in layout.reads:
+            first, last = pages(place)
+            opened = self._opened(place.file)
+            needed = min(last, opened.size) - first
+            segments.append((opened.handle, first, address + at, last - first, needed, opened.direct))
+            files[opened.handle] = place.file
+        return Read(self._native.start(segments, later), files)
+
+    def hurry(self, read: Read) -> None:
+        """Somebody waits for it now."""
+        self._native.hurry(read.native)
+
+    def cancel(self, read: Read) -> None:
+        """Give up what has not begun; afterwards nothing is written any more."""
+        self._native.cancel(read.native)
+
+    def tensor(self, place: Place) -> Tensor:
+        """Return bytes in memory of their own, uint8.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        layout = Layout([place])
+        memory = torch.frombuffer(mmap.mmap(-1, max(layout.nbytes, PAGE)), dtype=torch.uint8)
+        self.start(layout, memory.data_ptr()).check()
+        return memory[layout.begins[0] : layout.begins[0] + place.end - place.begin]
 
     def _opened(self, file: MappedFile) -> _Open:
-        if file.location not in self._open:
-            self._open[file.location] = _opened(file)
-        return self._open[file.location]
+        known = self._open.get(file.location)
+        if known is None:
+            known = self._open[file.location] = _opened(file)
+        else:
+            status = os.fstat(known.handle)
+            if (status.st_size, status.st_mtime_ns) != (known.size, known.changed_ns):
+                raise _changed(file, status.st_size)
+        return known
 
 
 def _opened(file: MappedFile) -> _Open:
@@ -96,30 +185,16 @@ def _opened(file: MappedFile) -> _Open:
     if status.st_size != file.size:
         os.close(handle)
         raise _changed(file, status.st_size)
-    return _Open(handle, bool(direct), status.st_size)
+    with suppress(ImportError, AttributeError, OSError):  # what macOS has in the place of O_DIRECT
+        import fcntl
 
-
-def _read(file: MappedFile, opened: _Open, begin: int, into: memoryview) -> None:
-    """Fill ``into`` from ``begin`` on, as far as the file goes. A read that ends early goes on where it ended."""
-    got, needed = 0, min(len(into), opened.size - begin)
-    while got < needed:
-        try:
-            n = os.preadv(opened.handle, [into[got:]], begin + got)
-        except OSError as error:
-            raise CheckpointError(
-                f"{file.location}: bytes {begin + got} to {begin + len(into)} cannot be read ({error})",
-                hint="is the disk still there, and sound? the next request tries again",
-            ) from None
-        got += n
-        if n <= 0 or (opened.direct and got < needed and got % PAGE):  # off a page, a direct read ends with the file
-            raise _changed(file, begin + got)
-    if not opened.direct:
-        with suppress(OSError, AttributeError):
-            os.posix_fadvise(opened.handle, begin, len(into), os.POSIX_FADV_DONTNEED)
+        fcntl.fcntl(handle, fcntl.F_NOCACHE, 1)  # type: ignore[attr-defined]
+    return _Open(handle, bool(direct), status.st_size, status.st_mtime_ns)
 
 
 def _changed(file: MappedFile, size: int) -> CheckpointError:
+    what = f"has {size} bytes, where {file.size} were expected" if size != file.size else "was written to"
     return CheckpointError(
-        f"{file.location}: has {size} bytes, where {file.size} were expected",
+        f"{file.location}: {what}",
         hint="the file was cut short or replaced while it was in use; fetch it again, and load the model anew",
     )

@@ -8,73 +8,109 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from octavo.experts.cache import ExpertCache, Slot
-from octavo.kernels.ops import Matrix, Weight, moe_part
+from octavo.experts.cache import ExpertCache, Held
+from octavo.experts.prefetch import Prefetch
+from octavo.kernels.ops import Matrix, PartedMatrix, Weight, moe_part, waited
 from octavo.quant.formats import Format, Packed
+
+Kind = tuple[Format | None, tuple[int, int]]
+"""Format (None: bfloat16) and shape of a matrix."""
 
 
 class StreamedExperts(nn.Module):
-    """All experts of a layer, read into a cache's slots when tokens choose them; see `octavo.model.Experts`.
+    """All experts of a layer, read into a cache when tokens choose them; see `octavo.model.Experts`.
 
     Args:
         layer: its number.
-        experts: w1, w3 and w2 of each, as they lie in mapped files; of these only shapes and formats are used.
+        kinds: of w1, w3 and w2 of each expert.
         cache: of all layers.
+
+    Attributes:
+        prefetch: reads ahead for the next layer, by what its router would choose now; None to leave it.
     """
 
-    def __init__(self, layer: int, experts: Sequence[tuple[Weight, Weight, Weight]], cache: ExpertCache) -> None:
+    def __init__(self, layer: int, kinds: Sequence[Sequence[Kind]], cache: ExpertCache) -> None:
         super().__init__()
         self.layer, self.cache = layer, cache
-        self._kinds = [tuple(_kind(weight) for weight in expert) for expert in experts]
+        self._kinds = kinds
+        self.prefetch: Prefetch | None = None
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Return y_TD: the weighted sum of the chosen experts, the same bits as with all of them in memory.
 
         Raises:
             CheckpointError: an expert cannot be read.
+            ResourceError: others have taken the memory that the budget promised.
         """
-        y_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
-        for number, tensors in self._each(topk_ids_TK):
-            w1, w3, w2 = (_matrix(kind, data) for kind, data in zip(self._kinds[number], tensors, strict=True))
-            moe_part(y_TD, x_TD, topk_ids_TK, topk_weights_TK, number, (w1, w3, w2))
+        y_TD, before = torch.zeros(x_TD.shape, dtype=torch.float32), waited()
+        numbers = torch.unique(topk_ids_TK).tolist()
+        for helds in self._groups(numbers, x_TD, in_any_order=topk_ids_TK.shape[1] <= 2):
+            if not all(self.cache.is_verified(held) for held in helds):
+                self._check(helds)
+            experts = {held.key[1]: self._matrices(held) for held in helds}
+            moe_part(y_TD, x_TD, topk_ids_TK, topk_weights_TK, experts)
+            self._check(helds)
+        self.cache.end_layer(self.layer)
+        self.cache.counters.layers[self.layer].wait_seconds += waited() - before
         return y_TD.to(x_TD.dtype)
 
-    def _each(self, topk_ids_TK: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
-        """The chosen experts and the bytes of their matrices, each kept until the next is asked for.
+    def _groups(self, numbers: list[int], x_TD: Tensor, *, in_any_order: bool) -> Iterator[list[Held]]:
+        """Experts to compute with at once: those that are left, when slots hold them all; else one after another.
 
-        What is being read meanwhile is as much as there are slots for. A token's sum is the same whichever of two
-        experts comes first, so that with two those come first that are there; more are added up by rising number.
+        Meanwhile others are read into the slots that are free. A token's sum is the same whichever of two experts
+        comes first, so that with two those come first that are there; more are added up by rising number.
         """
-        waiting = deque(torch.unique(topk_ids_TK).tolist())
-        if topk_ids_TK.shape[1] <= 2:
-            waiting = deque(sorted(waiting, key=lambda number: not self.cache.holds((self.layer, number))))
-        taken: deque[tuple[int, Slot]] = deque()
+        if in_any_order:
+            numbers = sorted(numbers, key=lambda number: not self.cache.holds((self.layer, number)))
+        waiting, taken = deque(numbers), deque[Held]()
         try:
             while waiting or taken:
-                while waiting and (slot := self.cache.take((self.layer, waiting[0]))) is not None:
-                    taken.append((waiting.popleft(), slot))
-                number, slot = taken[0]
-                yield number, self.cache.wait(slot)
-                taken.popleft()
-                self.cache.give_back(slot)
+                while waiting and (held := self.cache.take((self.layer, waiting[0]))) is not None:
+                    taken.append(held)
+                    waiting.popleft()
+                if not waiting:
+                    self._read_ahead(numbers, x_TD)
+                group = [taken[0]] if waiting else list(taken)
+                yield group
+                for held in group:
+                    self.cache.give_back(held)
+                    taken.popleft()
         finally:
-            for _, slot in taken:
-                self.cache.give_back(slot)
+            for held in taken:
+                self.cache.give_back(held)
+
+    def _read_ahead(self, numbers: list[int], x_TD: Tensor) -> None:
+        """What the next layer will need: of a prompt that chose every expert here, surely nearly every one there."""
+        following = self.layer + 1
+        if len(numbers) == len(self._kinds) and len(x_TD) > len(numbers) and self.cache.has_layer(following):
+            ahead: Sequence[int] = range(len(self._kinds))
+        elif self.prefetch is not None:
+            ahead = self.prefetch.guess(self.layer, x_TD)
+        else:
+            return
+        for number in ahead:
+            if not self.cache.prefetch((following, number)):
+                return
+
+    def _check(self, helds: Sequence[Held]) -> None:
+        for held in helds:
+            self.cache.check(held)
+
+    def _matrices(self, held: Held) -> tuple[Matrix, Matrix, Matrix]:
+        w1, w3, w2 = (
+            PartedMatrix(
+                format, shape, [(piece.address, piece.nbytes, piece.read and piece.read.native) for piece in parts]
+            )
+            for (format, shape), parts in zip(self._kinds[held.key[1]], held.matrices, strict=True)
+        )
+        return w1, w3, w2
 
     def extra_repr(self) -> str:
         """Number, and the share of memory, for print(model)."""
-        return f"{len(self._kinds)} experts, {self.cache.n_slots} slots for all layers"
+        return f"{len(self._kinds)} experts, {self.cache.nbytes} bytes in memory for all layers"
 
 
-_Kind = tuple[Format | None, tuple[int, int]]
-"""Format (None: bfloat16) and shape of a matrix."""
-
-
-def _kind(weight: Weight) -> _Kind:
+def kind_of(weight: Weight) -> Kind:
+    """Format and shape of a matrix."""
     rows, cols = weight.shape
     return weight.format if isinstance(weight, Packed) else None, (rows, cols)
-
-
-def _matrix(kind: _Kind, data: Tensor) -> Matrix:
-    format, shape = kind
-    return Matrix(data.view(torch.bfloat16).view(shape) if format is None else Packed(data, format, shape))

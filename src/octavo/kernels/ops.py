@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +14,12 @@ from octavo.errors import OptionError
 from octavo.kernels import reference
 from octavo.kernels.backend import native
 from octavo.kernels.reference import Weight
-from octavo.quant.formats import Packed
+from octavo.quant.formats import PANEL_ROWS, Format, Packed
 
 __all__ = [
     "ExpertSet",
     "Matrix",
+    "PartedMatrix",
     "Weight",
     "dot_peak",
     "linear",
@@ -26,6 +29,7 @@ __all__ = [
     "read_bandwidth",
     "route",
     "spent",
+    "waited",
 ]
 
 
@@ -40,7 +44,7 @@ class Matrix:
     """
 
     def __init__(self, weight: Weight) -> None:
-        self.weight = weight
+        self._weight = weight
         self.rows, self.cols = weight.shape
         bits = weight.format.bits if isinstance(weight, Packed) else 16
         data = weight.data
@@ -51,6 +55,45 @@ class Matrix:
         self.nbytes = data.nbytes
         module = native()
         self.native = module.Matrix(bits, data.data_ptr(), self.rows, self.cols) if module else None
+
+    @property
+    def weight(self) -> Weight:
+        """As it was given."""
+        return self._weight
+
+
+class PartedMatrix(Matrix):
+    """A weight matrix whose first rows lie elsewhere than the others; kernels wait for what is still being read.
+
+    Args:
+        format: None for bfloat16.
+        shape: rows and cols.
+        parts: address and bytes of each of the two parts, and what is being read there (a `_native.Read`) or None.
+            The first part is a number of whole panels of 16 rows, or all. Whoever calls keeps the memory.
+    """
+
+    def __init__(self, format: Format | None, shape: tuple[int, int], parts: Sequence[tuple[int, int, Any]]) -> None:
+        self.format, (self.rows, self.cols), self.parts = format, shape, parts
+        bits = 16 if format is None else format.bits
+        panel = PANEL_ROWS * self.cols * 2 if format is None else format.panel_nbytes(self.cols)
+        (head, head_nbytes, head_read), (tail, tail_nbytes, tail_read) = parts
+        self.nbytes = head_nbytes + tail_nbytes
+        split = head_nbytes // panel if tail_nbytes else -(-self.rows // PANEL_ROWS)
+        module = native()
+        self.native = module.Matrix(bits, head, *shape, split, tail, head_read, tail_read) if module else None
+
+    @property
+    def weight(self) -> Weight:
+        """A copy in one place."""
+        views = []
+        for address, nbytes, read in self.parts:
+            if read is not None:
+                read.wait()
+            if nbytes:
+                views.append(torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8))
+        data = torch.cat(views)
+        shape = (self.rows, self.cols)
+        return data.view(torch.bfloat16).view(shape) if self.format is None else Packed(data, self.format, shape)
 
 
 class ExpertSet:
@@ -174,33 +217,38 @@ def moe_part(
     x_TD: Tensor,
     topk_ids_TK: Tensor,
     topk_weights_TK: Tensor,
-    number: int,
-    expert: tuple[Matrix, Matrix, Matrix],
+    experts: Mapping[int, tuple[Matrix, Matrix, Matrix]],
 ) -> None:
-    """Add one expert's part of `moe` to y: all experts, by rising number, give the same bits as at once.
+    """Add some experts' part of `moe` to y: all of them, by rising number, give the same bits as at once.
 
     Args:
         y_TD: float32, contiguous; changed in place.
         x_TD: float32 or bfloat16.
         topk_ids_TK: int64.
         topk_weights_TK: float32.
-        number: the expert's.
-        expert: its w1, w3 and w2.
+        experts: w1, w3 and w2 of each, by number.
 
     Raises:
         OptionError: shapes or dtypes do not fit.
     """
-    x_TD, is_bf16 = activations(x_TD, expert[0].cols)
+    x_TD, is_bf16 = activations(x_TD, next(iter(experts.values()))[0].cols)
     if y_TD.shape != x_TD.shape or y_TD.dtype != torch.float32 or not y_TD.is_contiguous():
         raise OptionError(f"y is {y_TD.dtype} {list(y_TD.shape)}; expected float32 {list(x_TD.shape)}, contiguous")
     ids, weights = _routing(x_TD, topk_ids_TK, topk_weights_TK)
     module = native()
-    if module is None or expert[0].native is None:
-        reference.moe_part(y_TD, x_TD, ids, weights, number, tuple(matrix.weight for matrix in expert))
+    if module is None:
+        for number in sorted(experts):
+            reference.moe_part(y_TD, x_TD, ids, weights, number, tuple(matrix.weight for matrix in experts[number]))
         return
-    one = module.Expert(*(matrix.native for matrix in expert))
+    made = [(number, module.Expert(*(matrix.native for matrix in expert))) for number, expert in experts.items()]
     pointers = (x_TD.data_ptr(), *x_TD.shape, ids.data_ptr(), weights.data_ptr(), ids.shape[1])
-    module.moe_part(is_bf16, *pointers, number, one, y_TD.data_ptr())
+    module.moe_part(is_bf16, *pointers, made, y_TD.data_ptr())
+
+
+def waited() -> float:
+    """Return the seconds in which compiled kernels of this process waited for reads of weights."""
+    module = native()
+    return float(module.waited()) if module else 0.0
 
 
 def read_bandwidth(matrices: Sequence[Matrix]) -> float:

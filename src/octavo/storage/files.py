@@ -103,9 +103,15 @@ class MappedFile(_LocalFile):
         if begin == end:
             return torch.empty(0, dtype=torch.uint8)
         if self._whole is None:
-            self._whole = torch.frombuffer(self._map(0, self.size), dtype=torch.uint8)
+            self._mapping = self._map(0, self.size)
+            self._whole = torch.frombuffer(self._mapping, dtype=torch.uint8)
             _MAPPED[self._whole.data_ptr()] = self
         return self._whole[begin:end]
+
+    def let_go(self) -> None:
+        """Give back the memory that the mapping has taken; what is used again is fetched again."""
+        if self._whole is not None:
+            self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
 _MAPPED: WeakValueDictionary[int, MappedFile] = WeakValueDictionary()  # by the address of the mapping

@@ -8,13 +8,13 @@ dtype it is dequantised to. `octavo.checkpoint.store` writes them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from xxhash import xxh3_64_hexdigest
+from xxhash import xxh3_64
 
 from octavo.errors import CheckpointError, ConfigError
 from octavo.quant.formats import FORMATS, PANEL_ROWS, Format, Packed
@@ -32,11 +32,6 @@ ALIGNMENT = 64
 MAX_SIZE = 1 << 31  # rows or columns
 NEWER = "a newer Octavo reads it: pip install -U octavo"
 DAMAGED = "the store is damaged; fetch it again, or quantise the original weights again"
-
-
-def checksum(data: Tensor) -> str:
-    """The checksum of bytes, uint8 [n]: 16 hexadecimal digits."""
-    return xxh3_64_hexdigest(memoryview(data.numpy()))  # type: ignore[arg-type]
 
 
 def declares_store(config: Mapping[str, Any], where: str) -> bool:
@@ -160,6 +155,23 @@ class StoreFile(ListedSource):
         self.info(name)
         return self._bytes(name, check=True).numel()
 
+    def compare(self, name: str, parts: Iterable[memoryview]) -> None:
+        """Compare a tensor's bytes, which somebody else has read, with their checksum.
+
+        Raises:
+            CheckpointError: they are others than were written, or there is no such tensor.
+        """
+        self.info(name)
+        sum, expected = xxh3_64(), self._kept[name].xxh3
+        for part in parts:
+            sum.update(part)
+        if (found := sum.hexdigest()) != expected:
+            raise CheckpointError(
+                f"{self.location}: the bytes of {name!r} are not those that were written (their checksum is {found};"
+                f" expected {expected})",
+                hint=DAMAGED,
+            )
+
     def _packed(self, kept: _Kept, format: Format) -> Packed:
         data = self._bytes(kept.info.name, check=self._check)
         # Never so in what Octavo writes, but for the smallest of models whose formats are mixed.
@@ -167,14 +179,10 @@ class StoreFile(ListedSource):
         return Packed(data, format, kept.shape)
 
     def _bytes(self, name: str, *, check: bool) -> Tensor:
-        entry, expected = self._shard.entries[name], self._kept[name].xxh3
+        entry = self._shard.entries[name]
         data = self._shard.file.read(entry.begin, entry.end)
-        if check and (found := checksum(data)) != expected:
-            raise CheckpointError(
-                f"{self.location}: the bytes of {name!r} are not those that were written (their checksum is {found};"
-                f" expected {expected})",
-                hint=DAMAGED,
-            )
+        if check:
+            self.compare(name, [memoryview(data.numpy())])  # type: ignore[arg-type]
         return data
 
 
