@@ -79,7 +79,7 @@ def nothing_left_behind(request: pytest.FixtureRequest):
     if "llm" in request.fixturenames:
         llm = request.getfixturevalue("llm")
         assert not llm.engine.has_work
-        assert not llm._replies
+        assert not llm._requests
 
 
 # ---------------------------------------- stop strings

@@ -17,7 +17,7 @@ from hub_server import HubServer, run_python
 from octavo import machine
 from octavo.cli import plan as cli
 from octavo.kernels import backend
-from octavo.plan import DEVICES, PRECISIONS, footprint, make_plan, weights_at
+from octavo.plan import DEVICES, PRECISIONS, footprint, make_plan, parse_size, weights_at
 from octavo.quant.formats import FORMATS
 from octavo.shapes import SHAPES
 from run_octavo import command, refused, run
@@ -63,16 +63,21 @@ def test_a_shape_on_one_screen() -> None:
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
     assert len(lines) <= 24
-    assert max(len(line) for line in lines if "octavo chat" not in line) <= 100  # commands are left whole
+    assert max(len(line) for line in lines if "octavo " not in line) <= 100  # commands are left whole
     assert "46,702,792,704 parameters, 12,879,925,248 active (2 of 8 experts, 32 layers)" in done.out
     rows = {row[1]: row for row in (re.split(r"\s{2,}", line) for line in lines) if len(row) == 8}
     assert [rows[p][-1] for p in ("float32", "16 bits", "8 bits", "4 bits", "3 bits", "2 bits")] == [
         "streams", "streams", "streams", "streams", "fits", "fits"
     ]  # fmt: skip
     assert rows["16 bits"][2:4] == ["93.4 GB", "537 MB"]
-    assert "streamed from disk" in done.out
-    assert "not yet" in done.out
-    assert "octavo chat --model mistralai/Mixtral-8x7B-Instruct-v0.1 --bits 3" in done.out
+    plan = make_plan(MIXTRAL, 24 * GIB)
+    said = f"{int(100 * plan.share)}% of every expert in memory ({plan.resident} experts' worth), the rest streamed"
+    assert said in " ".join(done.out.split())
+    assert 0.5 < plan.share < 1
+    assert lines[-2:] == [
+        "run      octavo quantize mistralai/Mixtral-8x7B-Instruct-v0.1 Mixtral-8x7B-Instruct-v0.1-4bit --bits 4",
+        "         octavo chat --model Mixtral-8x7B-Instruct-v0.1-4bit --memory 24GiB",
+    ]
 
 
 def test_json_has_every_figure() -> None:
@@ -88,13 +93,59 @@ def test_json_has_every_figure() -> None:
     assert found["plan"]["total"] == plan.footprint.total <= 24 * GIB
     assert found["plan"]["resident_experts"] == plan.resident
     assert found["plan"]["streamed_experts"] == plan.streamed > 0
+    assert found["plan"]["expert_share"] == plan.share
+    assert plan.placement is not None
+    assert found["plan"]["slots"] == plan.placement.slots
     ceilings, device = found["ceilings"], found["device"]
     assert ceilings["decode_tok_s_memory"] == 2 * device["read"] / plan.read_bytes
     assert ceilings["decode_tok_s_disk"] == 2 * device["disk"] / plan.disk_bytes
     assert ceilings["decode_tok_s"] == min(ceilings["decode_tok_s_memory"], ceilings["decode_tok_s_disk"])
-    assert found["command"] is None
-    assert "not built" in found["obstacle"]
-    assert found["instead"].endswith(" --bits 3")
+    assert (found["obstacle"], found["instead"]) == (None, None)
+    assert found["prepare"].startswith("octavo quantize ")
+    assert found["command"].endswith("-4bit --memory 24GiB -o context=8192")
+
+
+def test_what_streams_in_its_own_precision_needs_no_store() -> None:
+    found = said("mixtral-8x22b", "--memory", "64GB", "--bits", "16")
+    assert found["plan"]["expert_share"] < 1
+    assert found["prepare"] is None
+    assert found["command"].endswith("Mixtral-8x22B-Instruct-v0.1 --device cpu --memory 64GB")
+    wide = said("mixtral-8x7b", "--memory", "64GB", "--bits", "32")
+    assert wide["command"] is None
+    assert "16 bits or fewer" in wide["obstacle"]
+    assert wide["instead"].endswith("--bits 8 --memory 64GB")
+
+
+@pytest.mark.skipif(not backend().compiled, reason="16 bits are streamed to compiled kernels")
+@pytest.mark.parametrize(
+    ("model", "bits"),
+    [("store", None), *((model, bits) for model in ("source", "float32") for bits in ("32", "16", "4", None))],
+)
+def test_the_command_runs_where_experts_are_streamed(
+    model: str, bits: str | None, home: Path, source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to({"source": source, "store": store, "float32": home / "float32"}[model])
+    line = ["link", *(["--bits", bits] if bits else []), "--context", "99"]
+    # The budget of the lowest precision that is chosen, and a byte less: so experts are streamed.
+    least = min(
+        size["total"]
+        for size in said(*line, "--memory", "1GB")["precisions"]
+        if (size["bits"] in (16, 8, 4) if bits is None and model != "store" else size["bits"] == (bits and int(bits)))
+    )
+    found = said(*line, "--memory", least - 1)
+    assert found["plan"]["total"] <= least - 1
+    if bits == "32":
+        assert found["command"] is None
+        return
+    assert found["plan"]["expert_share"] < 1
+    if found["prepare"]:
+        assert run(*found["prepare"].split()[1:]).code == 0
+    assert (found["prepare"] is None) == (model == "store" or (model, bits) == ("source", "16"))
+    done = run(*found["command"].split()[1:], "-o", "max_tokens=2", stdin=b"Hello")
+    assert done.code == 0, done.err
+    assert "the rest streamed from disk; KV cache for 99 tokens" in done.err
+    assert done.out.endswith("\n")
 
 
 @pytest.mark.parametrize("shape", ["mixtral-8x7b", "mixtral-8x22b", "mistral-7b"])
@@ -107,15 +158,15 @@ def test_every_known_device(shape: str, device: str) -> None:
         return
     lines = done.out.splitlines()
     assert len(lines) <= 24
-    assert max(len(line) for line in lines if "octavo chat" not in line) <= 100
+    assert max(len(line) for line in lines if "octavo " not in line) <= 100
     found = said(shape, "--device", device)
     known = DEVICES[device]
     assert found["device"]["name"] == known.name
     assert found["budget"] == known.usable
     assert ("not yet" in done.out) == (found["command"] is None)
-    assert ("once it is" in done.out) == (found["plan"]["streamed_experts"] > 0 and known.kind != "cuda")
     if found["command"] is None:
-        assert found["plan"]["streamed_experts"] or (known.kind == "cuda" and found["plan"]["bits"] < 16)
+        assert known.kind == "cuda"
+        assert found["plan"]["streamed_experts"] or found["plan"]["bits"] < 16
     elif known.kind == "cuda":
         assert found["command"].endswith("--device cuda")
     assert known.source in " ".join(done.out.split())
@@ -125,15 +176,22 @@ def test_the_model_that_ships() -> None:
     found = said("menny", "--memory", "1GB")
     assert found["parameters"] == SHAPES["menny"].n_params
     assert (found["context"], found["plan"]["bits"]) == (512, 16)
-    assert found["command"] == "octavo chat --model menny --device cpu"
-    assert said("menny", "--memory", "1GB", "--bits", "32")["command"].endswith("--dtype float32 --device cpu")
-    assert said("menny", "--memory", "1GB", "--bits", "4")["command"] == "octavo chat --model menny --bits 4"
+    assert found["command"] == "octavo chat --model menny --dtype bfloat16 --device cpu --memory 1GB"
+    found = said("menny", "--memory", "1GB", "--bits", "32")
+    assert found["command"] == "octavo chat --model menny --device cpu --memory 1GB"
+    found = said("menny", "--memory", "1GB", "--bits", "4")
+    assert found["command"] == "octavo chat --model menny --bits 4 --dtype bfloat16 --memory 1GB"
 
 
 def test_by_default_what_is_free() -> None:
     free = machine.free_memory()
     assert said("menny")["budget"] == pytest.approx(free, rel=0.5)
     assert "what is free" in run("plan", "menny").out
+    assert "--memory" not in said("menny")["command"]
+    if free < 100e9:  # what streams is told how much it may take
+        found = said("mixtral-8x22b", "--bits", "16")
+        budget = parse_size(found["command"].partition("--memory ")[2])
+        assert found["budget"] - 10**8 < budget <= found["budget"]
 
 
 def test_the_command_runs(source: Path, store: Path) -> None:
@@ -158,7 +216,7 @@ def test_a_store_is_counted_as_it_lies(tmp_path: Path, bits: str, size: str) -> 
     assert own["weights"] == next(row["weights"] for row in others if row["bits"] == int(bits))
     assert own["weights"] == weights_at(checkpoint.args, int(bits)).total
     assert found["plan"]["precision"].startswith("store, ")
-    assert found["command"] == f"octavo chat --model {tmp_path / 'store'}"
+    assert found["command"] == f"octavo chat --model {tmp_path / 'store'} --memory 1GB"
 
 
 def test_a_store_of_several_formats(store: Path) -> None:
@@ -186,8 +244,8 @@ def test_a_local_folder_and_other_layouts(source: Path, home: Path) -> None:
     row = next(row for row in found["precisions"] if row["bits"] == 16)
     assert row["weights"] == data_bytes(source)
     plain = home / "float32"
-    assert said(plain, "--memory", "1GB")["command"].endswith("--dtype bfloat16 --device cpu")
-    assert said(plain, "--memory", "1GB", "--bits", "4")["command"].endswith("--bits 4 --dtype bfloat16")
+    assert said(plain, "--memory", "1GB")["command"].endswith(" --dtype bfloat16 --device cpu --memory 1GB")
+    assert said(plain, "--memory", "1GB", "--bits", "4")["command"].endswith(" --bits 4 --dtype bfloat16 --memory 1GB")
     for target, to in (("mistral", "mistral"), ("model.gguf", "gguf")):
         assert run("convert", source, home / target, "--to", to).code == 0
         assert said(home / target, "--memory", "1GB")["precisions"] == found["precisions"]
@@ -241,8 +299,8 @@ def test_a_hub_id_is_read_by_its_headers(source: Path, store: Path, home: Path) 
     second, _ = decoder.raw_decode(printed[end:].lstrip())
     near, near_store = said(source, "--memory", "1GB"), said(store, "--memory", "1GB")
     assert (first["precisions"], second["precisions"]) == (near["precisions"], near_store["precisions"])
-    assert first["command"] == "octavo chat --model org/tiny --device cpu"
-    assert second["command"] == "octavo chat --model org/store"
+    assert first["command"] == "octavo chat --model org/tiny --device cpu --memory 1GB"
+    assert second["command"] == "octavo chat --model org/store --memory 1GB"
 
 
 def test_what_is_refused(tmp_path: Path, source: Path) -> None:

@@ -92,6 +92,7 @@ class KVCache:
         args: the model's shape.
         batch_size: rows at most.
         capacity: slots a row has to begin with.
+        rows: that are there to begin with; with all of them and the whole context for capacity it never grows.
         dtype, device: of keys and values; must be the model's.
 
     Attributes:
@@ -104,6 +105,7 @@ class KVCache:
         batch_size: int,
         *,
         capacity: int = 256,
+        rows: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -111,10 +113,10 @@ class KVCache:
         self.lengths = [0] * batch_size
         self.padded = [False] * batch_size
         capacity = min(capacity, args.max_seq_len)
-        shape = (args.n_layers, 1, args.n_kv_heads, capacity, args.head_dim)
+        shape = (args.n_layers, rows, args.n_kv_heads, capacity, args.head_dim)
         self.k_LBHSK = torch.zeros(shape, dtype=dtype, device=device)
         self.v_LBHSK = torch.zeros(shape, dtype=dtype, device=device)
-        self.positions_BS = torch.full((1, capacity), -1, dtype=torch.int64, device=device)
+        self.positions_BS = torch.full((rows, capacity), -1, dtype=torch.int64, device=device)
 
     @property
     def capacity(self) -> int:
@@ -141,6 +143,14 @@ class KVCache:
         self.lengths[row] = 0
         self.padded[row] = False
         self.positions_BS[row] = -1
+
+    def wipe(self) -> None:
+        """Forget every row, whatever state they are in, and leave no number behind."""
+        self.lengths = [0] * len(self.lengths)
+        self.padded = [False] * len(self.lengths)
+        self.positions_BS.fill_(-1)
+        self.k_LBHSK.zero_()
+        self.v_LBHSK.zero_()
 
     def wipe_row(self, row: int) -> None:
         """Zero a row that may hold NaN: masked out is not enough, for 0 * NaN is NaN in attention's sum."""
@@ -184,11 +194,12 @@ class RollingKVCache(KVCache):
         args: ModelArgs,
         batch_size: int,
         *,
+        rows: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         window = args.sliding_window or args.max_seq_len
-        super().__init__(args, batch_size, capacity=window, dtype=dtype, device=device)
+        super().__init__(args, batch_size, capacity=window, rows=rows, dtype=dtype, device=device)
 
     def _step(self, rows: slice, starts: list[int], positions_BT: Tensor, plain: bool) -> Step:
         return _RollingStep(self, rows, starts, positions_BT)
@@ -346,10 +357,21 @@ def make_cache(
     args: ModelArgs,
     batch_size: int,
     *,
+    whole: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> KVCache:
-    """Return the cache that suits the model: rolling when it has a sliding window shorter than its context."""
+    """Return the cache that suits the model: rolling when it has a sliding window shorter than its context.
+
+    Args:
+        args: the model's shape.
+        batch_size: rows at most.
+        whole: make it as large as it can become, so that it never grows: growing needs room for two at a time.
+        dtype, device: of keys and values; must be the model's.
+    """
+    rows = batch_size if whole else 1
     if args.sliding_window is not None and args.sliding_window < args.max_seq_len:
-        return RollingKVCache(args, batch_size, dtype=dtype, device=device)
+        return RollingKVCache(args, batch_size, rows=rows, dtype=dtype, device=device)
+    if whole:
+        return KVCache(args, batch_size, capacity=args.max_seq_len, rows=rows, dtype=dtype, device=device)
     return KVCache(args, batch_size, dtype=dtype, device=device)

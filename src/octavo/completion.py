@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from octavo.engine import Event
+from octavo.experts import CacheCounters
 from octavo.sampling import SamplingParams, TokenLogprobs
 from octavo.tokenizer import Tokenizer
 
@@ -71,11 +72,20 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The replies to one prompt; `text` and its neighbours are those of the first, mostly the only one."""
+    """The replies to one prompt; `text` and its neighbours are those of the first, mostly the only one.
+
+    Attributes:
+        choices: the replies.
+        usage: tokens.
+        timings: seconds.
+        experts: what was read from the disk and what was in memory already, by layer, from the request to its last
+            token, for all sequences in the batch; None where every expert stays in memory.
+    """
 
     choices: tuple[Choice, ...]
     usage: Usage
     timings: Timings
+    experts: CacheCounters | None = None
 
     @property
     def text(self) -> str:
@@ -111,7 +121,19 @@ class Completion:
         ]
         first = {name: value for name, value in choices[0].items() if name != "index"}
         usage = dataclasses.asdict(self.usage) | {"total_tokens": self.usage.total_tokens}
-        return first | {"usage": usage, "timings": dataclasses.asdict(self.timings), "choices": choices}
+        timings, experts = dataclasses.asdict(self.timings), _counters_to_json(self.experts)
+        return first | {"usage": usage, "timings": timings, "choices": choices, "experts": experts}
+
+
+def _counters_to_json(counters: CacheCounters | None) -> dict[str, Any] | None:
+    if counters is None:
+        return None
+    total = dataclasses.asdict(counters.total) | {"hit_rate": counters.hit_rate}
+    layers = [
+        {"layer": layer} | dataclasses.asdict(one) | {"hit_rate": one.hit_rate}
+        for layer, one in counters.layers.items()
+    ]
+    return {"total": total, "layers": layers}
 
 
 def _logprobs_to_json(logprobs: Sequence[TokenLogprobs] | None) -> list[dict[str, Any]] | None:
@@ -237,16 +259,29 @@ class Reply:
 
 
 class Request:
-    """One prompt and the replies to it."""
+    """One prompt and the replies to it.
 
-    def __init__(self, prompt_tokens: int) -> None:
+    Args:
+        prompt_tokens: how many.
+        experts: counters that go on counting, if experts are streamed.
+    """
+
+    def __init__(self, prompt_tokens: int, experts: CacheCounters | None = None) -> None:
         self.prompt_tokens = prompt_tokens
+        self._counters = experts
+        self._before = None if experts is None else experts.copy()
+        self._experts: CacheCounters | None = None
         self.replies: dict[int, Reply] = {}  # by sequence
         self.started_at = time.perf_counter()
 
     @property
     def done(self) -> bool:
         return all(reply.finish_reason is not None for reply in self.replies.values())
+
+    def count(self) -> None:
+        """Take down what was counted so far: once a reply is over, what others go on to read is not its own."""
+        if self._counters is not None and self._before is not None:
+            self._experts = self._counters.since(self._before)
 
     def raise_error(self) -> None:
         for reply in self.replies.values():
@@ -272,4 +307,4 @@ class Request:
 
     def completion(self) -> Completion:
         choices = tuple(reply.choice(index) for index, reply in enumerate(self.replies.values()))
-        return Completion(choices, self.usage(), self.timings())
+        return Completion(choices, self.usage(), self.timings(), self._experts)

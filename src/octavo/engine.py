@@ -8,6 +8,7 @@ neighbours beyond float rounding: every sequence has its own random generator an
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -18,11 +19,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from octavo.args import ModelArgs
 from octavo.cache import KVCache, make_cache
 from octavo.errors import OctavoError, OptionError, PromptError
 from octavo.kernels import torch_on_one_thread
 from octavo.kernels.modules import uses_kernels
+from octavo.machine import check_room
 from octavo.model import Mixtral
+from octavo.plan import CHUNK, kv_cache_bytes
 from octavo.sampling import History, SamplingParams, TokenLogprobs, make_generator, sample, token_logprobs
 
 FinishReason = Literal["stop", "length", "error"]
@@ -75,14 +79,32 @@ class Engine:
         max_batch_size: rows of the key-value cache, all of which grow with the longest sequence.
         prefill_chunk: at most so many prompt tokens are read between two decode steps, so that a long prompt
             does not hold up the others.
+        context: tokens of a sequence, prompt and reply together, where they are fewer than the model's.
+        whole_cache: make the key-value cache once, as large as it can become (`octavo.plan.kv_cache_bytes`); one that
+            grows needs room for two at a time.
+
+    Attributes:
+        context: tokens of a sequence.
 
     Not thread-safe: one thread calls `add`, `step` and `cancel`.
     """
 
-    def __init__(self, model: Mixtral, *, max_batch_size: int = 8, prefill_chunk: int = 512) -> None:
+    def __init__(
+        self,
+        model: Mixtral,
+        *,
+        max_batch_size: int = 8,
+        prefill_chunk: int = CHUNK,
+        context: int | None = None,
+        whole_cache: bool = False,
+    ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise OptionError(f"{name} is {value}; expected an integer of at least 1")
+        self._args = model.args if context is None else with_context(model.args, context)
+        self._whole_cache = whole_cache
+        self._stale = False  # the cache, after a failure
+        self.context = self._args.max_seq_len
         self.model = model
         self.max_batch_size = max_batch_size
         self.prefill_chunk = prefill_chunk
@@ -128,7 +150,7 @@ class Engine:
         """
         prompt = tuple(int(i) for i in ids)
         self._check(prompt, params)
-        room = self.model.args.max_seq_len - len(prompt)
+        room = self.context - len(prompt)
         sequence = _Sequence(
             id=self._next_id,
             prompt=prompt,
@@ -193,11 +215,15 @@ class Engine:
                     f"the prompt holds token id {low_or_high}; expected 0 to {args.vocab_size - 1}",
                     "was it encoded by another model's tokenizer?",
                 )
-        if len(prompt) >= args.max_seq_len:
+        if len(prompt) >= self.context:
+            whose, mend = "the model's context", "shorten the prompt"
+            if self.context < args.max_seq_len:
+                whose = "the context that was asked for or planned"
+                mend += f", or load the model with more: context= or -o context=N, up to {args.max_seq_len}"
             raise PromptError(
-                f"the prompt has {len(prompt)} tokens; the model's context holds {args.max_seq_len}, "
+                f"the prompt has {len(prompt)} tokens; {whose} holds {self.context}, "
                 "at least one of them for the reply",
-                "shorten the prompt",
+                mend,
             )
         for token_id in params.logit_bias:
             if token_id >= args.vocab_size:
@@ -311,12 +337,21 @@ class Engine:
     def _rows(self) -> KVCache:
         """The cache, made when first needed."""
         if self._cache is None:
-            model = self.model
-            self._cache = make_cache(model.args, self.max_batch_size, dtype=model.dtype, device=model.device)
+            args, batch, dtype, device = self._args, self.max_batch_size, self.model.dtype, self.model.device
+            if self._whole_cache and device.type == "cpu":
+                check_room(kv_cache_bytes(args, self.context, batch, dtype.itemsize))
+            self._cache = make_cache(args, batch, whole=self._whole_cache, dtype=dtype, device=device)
+        elif self._stale:
+            self._cache.wipe()
+        self._stale = False
         return self._cache
 
     def _abandon(self, error: Exception) -> None:
-        """End every sequence that has a row, and give up the cache, whose state nobody knows."""
+        """End every sequence that has a row, and give up the cache, whose state nobody knows.
+
+        One that takes all its memory at once is wiped instead: the error's traceback may hold it for long, and there
+        is no room for two.
+        """
         told = {event.seq_id for event in self._outbox if event.finish_reason}
         waiting = {sequence.id for sequence in self._waiting}
         for sequence in [one for one in self._live.values() if one.id not in waiting]:
@@ -324,4 +359,20 @@ class Engine:
             sequence.over = True
             if sequence.id not in told:
                 self._outbox.append(Event(sequence.id, None, finish_reason="error", error=error))
-        self._running, self._prefilling, self._cache = [], None, None
+        self._running, self._prefilling, self._stale = [], None, True
+        if not self._whole_cache:
+            self._cache = None
+
+
+def with_context(args: ModelArgs, context: int) -> ModelArgs:
+    """The same model, of whose context fewer tokens are used.
+
+    Raises:
+        OptionError: it has no so long one.
+    """
+    if not 1 <= context <= args.max_seq_len:
+        raise OptionError(
+            f"context is {context}; expected 1 to this model's {args.max_seq_len} tokens",
+            f"give at most {args.max_seq_len}",
+        )
+    return dataclasses.replace(args, max_seq_len=context)

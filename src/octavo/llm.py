@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import numbers
 import time
@@ -12,21 +13,27 @@ from typing import Any, Self, TypeGuard, overload
 
 import torch
 
+from octavo.budget import plan_checkpoint
 from octavo.chat import ChatTemplate, Message, Persona, template_for
 from octavo.checkpoint import open_checkpoint
 from octavo.completion import Chunk, Completion, Reply, Request
-from octavo.engine import Engine
+from octavo.engine import Engine, with_context
 from octavo.errors import CheckpointError, HubError, OptionError, PromptError, TokenizerError
+from octavo.experts import CacheCounters, StreamedExperts
 from octavo.hub import REPO_ID, snapshot
 from octavo.kernels.modules import uses_kernels
 from octavo.load import build_model
 from octavo.model import Mixtral
+from octavo.plan import (
+    MemoryPlan,
+)
 from octavo.sampling import SamplingParams
 from octavo.tokenizer import Tokenizer
 
 __all__ = ["LLM", "Chunk", "Completion", "Conversation", "Prompt", "Stream", "find_model", "shipped_model"]
 
 SHIPPED = "menny"
+MAX_BATCH_SIZE = 8  # without a budget; within one it is 1, for every sequence's keys and values have their place in it
 Prompt = str | Sequence[int]
 Conversation = Sequence[Message | Mapping[str, str]]
 
@@ -102,6 +109,11 @@ class LLM:
         tokenizer: None leaves token ids as the only way in, and no text comes out.
         eos_ids: ids that end every reply, besides the tokenizer's own end-of-text token.
         max_batch_size: sequences generated at a time; more wait.
+        context: tokens of a sequence, where they are fewer than the model's.
+        plan: what the model was placed by; `max_batch_size` and `context` are then the plan's.
+
+    Attributes:
+        plan: how the model runs within a budget; None where it was loaded without one.
     """
 
     def __init__(
@@ -110,14 +122,21 @@ class LLM:
         tokenizer: Tokenizer | None,
         *,
         eos_ids: Iterable[int] = (),
-        max_batch_size: int = 8,
+        max_batch_size: int = MAX_BATCH_SIZE,
+        context: int | None = None,
+        plan: MemoryPlan | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         own = () if tokenizer is None or tokenizer.eos_id is None else (tokenizer.eos_id,)
         self.eos_ids = frozenset((*own, *eos_ids))
-        self.engine = Engine(model, max_batch_size=max_batch_size)
-        self._replies: dict[int, Reply] = {}  # those under way, by sequence
+        self.plan = plan
+        if plan is not None:
+            max_batch_size, context = plan.batch, plan.context
+        self.engine = Engine(model, max_batch_size=max_batch_size, context=context, whole_cache=plan is not None)
+        streamed = (module.cache for module in model.modules() if isinstance(module, StreamedExperts))
+        self._expert_cache = next(streamed, None)
+        self._requests: dict[int, Request] = {}  # those under way, by sequence
 
     @classmethod
     def load(
@@ -128,9 +147,16 @@ class LLM:
         device: torch.device | str | None = None,
         revision: str | None = None,
         bits: int | str | None = None,
-        max_batch_size: int = 8,
+        max_batch_size: int | None = None,
+        memory: str | int | None = None,
+        context: int | None = None,
+        trace: str | Path | None = None,
+        prefetch: bool = False,
     ) -> LLM:
         """Load a model from where `find_model` finds it.
+
+        With `memory`, what does not fit is left on the disk: of every expert a part stays in memory, and the rest is
+        read when a token is routed to it. The replies are the same ones, token for token.
 
         Args:
             source: "menny" for the model that ships with Octavo, a folder or weights file in any layout that
@@ -141,17 +167,65 @@ class LLM:
             revision: branch, tag or commit, for a Hub id.
             bits: 8, 4, 3 or 2 to quantise the weights while loading, which takes minutes for a large model:
                 `octavo quantize` writes a store that opens at once.
-            max_batch_size: sequences generated at a time.
+            max_batch_size: sequences generated at a time; by default 8, and 1 with `memory`.
+            memory: all that the process may take, such as "12GiB" or a number of bytes: weights, key-value cache,
+                workspace and the process itself. The precision is the one it would be without: a lower one is for
+                `bits` to ask for. On the CPU only.
+            context: tokens of a sequence, prompt and reply together; by default the model's, and with `memory` 4096 of
+                them at most.
+            trace: a record of which experts were used, made by `octavo bench`: the most used ones stay in memory
+                whole. Needs `memory`; of no use where every expert fits, which `plan` tells.
+            prefetch: read ahead what the next layer's router would choose now. As `trace`.
 
         Raises:
+            OptionError: `memory` is too little for this model, and the hint the smallest that works; or the options do
+                not go together.
+            ResourceError: so much memory is not free.
             UserError: everything `find_model` and `load_model` raise.
         """
-        checkpoint = open_checkpoint(find_model(source, revision))
+        if memory is None and (trace is not None or prefetch):
+            name = "prefetch" if trace is None else "trace"
+            raise OptionError(
+                f"{name} needs memory: without a bound every expert stays there", "give one, such as --memory 12GiB"
+            )
+        if max_batch_size is not None and max_batch_size < 1:
+            raise OptionError(f"max_batch_size is {max_batch_size}; expected an integer of at least 1")
+        path = find_model(source, revision)
+        checkpoint = open_checkpoint(path)
         if dtype is None and source == SHIPPED:
             dtype = torch.float32
+        plan = None
+        if memory is not None:
+            batch, device = max_batch_size or 1, device or "cpu"
+            plan = plan_checkpoint(
+                checkpoint, memory, dtype=dtype, device=device, bits=bits, context=context, batch=batch
+            )
+            if plan.placement is not None:
+                placement = plan.placement
+                if trace is not None:
+                    from octavo.experts.replay import placement_from_trace
+
+                    placement = placement_from_trace(Path(trace), plan)
+                plan = dataclasses.replace(plan, placement=dataclasses.replace(placement, prefetch=prefetch))
+            elif not checkpoint.is_store:  # what is converted must not stay mapped beside what it becomes
+                checkpoint = open_checkpoint(path, mapped=False)
+        elif context is not None:
+            with_context(checkpoint.args, context)  # what is wrong should not wait for the weights
         tokenizer, eos_ids = checkpoint.tokenizer(), checkpoint.eos_ids
-        model = build_model(checkpoint, dtype=dtype, device=device, bits=bits, kernels=True)
-        return cls(model, tokenizer, eos_ids=eos_ids, max_batch_size=max_batch_size)
+        placed = None if plan is None else plan.placement
+        model = build_model(checkpoint, dtype=dtype, device=device, bits=bits, kernels=True, placement=placed)
+        batch = MAX_BATCH_SIZE if max_batch_size is None else max_batch_size
+        return cls(model, tokenizer, eos_ids=eos_ids, max_batch_size=batch, context=context, plan=plan)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a sequence, prompt and reply together."""
+        return self.engine.context
+
+    @property
+    def experts(self) -> CacheCounters | None:
+        """What was read of the experts so far, a view that goes on counting; None where they all stay in memory."""
+        return None if self._expert_cache is None else self._expert_cache.counters
 
     @property
     def uses_kernels(self) -> bool:
@@ -293,12 +367,12 @@ class LLM:
         """Queue n sequences for one prompt."""
         if params.stop:
             self._need_tokenizer("a stop string")
-        request = Request(len(ids))
+        request = Request(len(ids), self.experts)
         try:
             for index in range(params.n):
                 reply = Reply(self.tokenizer, params, mid_text=mid_text)
                 seq_id = self.engine.add(ids, params, stop_ids=stop_ids, index=index)
-                request.replies[seq_id] = self._replies[seq_id] = reply
+                request.replies[seq_id], self._requests[seq_id] = reply, request
         except BaseException:
             self._drop([request])
             raise
@@ -338,12 +412,14 @@ class LLM:
             raise RuntimeError("a reply is waited for, but the engine has nothing to do")
         events, now = self.engine.step(), time.perf_counter()
         for event in events:
-            reply = self._replies.get(event.seq_id)
-            if reply is None:
+            request = self._requests.get(event.seq_id)
+            if request is None:
                 continue
+            reply = request.replies[event.seq_id]
             reply.take(event, now)
             if reply.finish_reason is not None:
-                del self._replies[event.seq_id]
+                request.count()
+                del self._requests[event.seq_id]
                 self.engine.cancel(event.seq_id)  # a stop string ends what the engine would go on with
 
     def _drop(self, requests: Iterable[Request]) -> None:
@@ -351,7 +427,8 @@ class LLM:
         for request in requests:
             for seq_id in request.replies:
                 self.engine.cancel(seq_id)
-                self._replies.pop(seq_id, None)
+                if self._requests.pop(seq_id, None) is not None:
+                    request.count()
 
 
 def _is_ids(prompt: object) -> TypeGuard[Sequence[int]]:

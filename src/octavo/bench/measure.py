@@ -6,25 +6,40 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from octavo.engine import Engine
+from octavo.args import ModelArgs
+from octavo.bench.routing import Choice, routed
+from octavo.engine import Engine, Event
+from octavo.errors import OptionError
+from octavo.experts import ExpertCache, LayerCounters, StreamedExperts
+from octavo.experts.replay import replay
+from octavo.experts.trace import Recording, record
 from octavo.kernels import backend, dot_peak, read_bandwidth, threads
 from octavo.kernels.modules import KernelExperts, KernelLinear
 from octavo.kernels.ops import Matrix, spent
 from octavo.model import Mixtral
+from octavo.plan import MemoryPlan
 from octavo.sampling import SamplingParams
 
 STEPS_BETWEEN_READS = 8
-"""Decode steps between two readings of the limit: the machine's bandwidth changes within seconds."""
+"""Decode steps between two readings of the limits: the machine's bandwidths change within seconds."""
+EXPERTS_PER_READ = 4
+"""So many are read to find the disk's."""
+DOT_SECONDS = 0.3
+"""How long products in registers are measured at a time."""
+SHORT = 16
+"""Tokens of the prompts before decoding."""
 
 
 def matrices(model: nn.Module) -> list[Matrix]:
-    """Every matrix that kernels multiply with."""
+    """Every matrix in memory that kernels multiply with; experts that are streamed are left out."""
     found: list[Matrix] = []
     for module in model.modules():
         if isinstance(module, KernelLinear):
@@ -32,6 +47,27 @@ def matrices(model: nn.Module) -> list[Matrix]:
         elif isinstance(module, KernelExperts):
             found += [matrix for expert in module.experts.experts for matrix in expert]
     return found
+
+
+def cache_of(model: nn.Module) -> ExpertCache | None:
+    """The cache of a model's experts, where they are streamed."""
+    return next((module.cache for module in model.modules() if isinstance(module, StreamedExperts)), None)
+
+
+def context_for(args: ModelArgs, prompt: int, decode: int, batch: int) -> int:
+    """Return how many tokens a sequence of a measurement has at most.
+
+    Raises:
+        OptionError: more than the model's context.
+    """
+    context = max(prompt + 8, SHORT + decode + batch + 8)
+    if context > args.max_seq_len:
+        raise OptionError(
+            f"a prompt of {prompt} tokens or {decode} steps of decoding need a context of {context}; "
+            f"this model's is {args.max_seq_len} tokens",
+            hint="give fewer, such as --prompt 100 --decode 32",
+        )
+    return context
 
 
 @dataclass
@@ -43,23 +79,45 @@ class Bench:
         prompt: tokens to read.
         decode: steps to measure.
         batch: sequences side by side.
+        plan: how the model was loaded; what it predicts is told beside what is measured. The model's experts are
+            streamed only where it has a placement.
+        choice: chooses experts in the routers' place.
         seed: of the random tokens.
+
+    Raises:
+        OptionError: so many tokens are more than the model's context.
     """
 
     model: Mixtral
     prompt: int
     decode: int
     batch: int
+    plan: MemoryPlan | None = None
+    choice: Choice | None = None
     seed: int = 0
+    context: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.context = context_for(self.model.args, self.prompt, self.decode, self.batch)
 
     def run(self) -> dict[str, Any]:
         """Measure, and return the figures of `octavo bench --json`."""
-        engine = Engine(self.model, max_batch_size=self.batch, prefill_chunk=max(self.prompt, 1))
-        with torch.inference_mode():
-            self._prefill(engine, 8)  # first touches: pages, threads, arenas
-        dot_limit = dot_peak(0.3)
-        prefill_seconds = self._prefill(engine, self.prompt)
-        dot_limit = statistics.median((dot_limit, dot_peak(0.3), dot_peak(0.3)))
+        cache = cache_of(self.model)
+        # Routers with hooks are not part of a compiled block: nothing is recorded where nobody asks for it.
+        recorded = nullcontext(Recording()) if cache is None else record(self.model)
+        with torch.inference_mode(), routed(self.model, self.choice), recorded as recording:
+            return self._run(_Disk(cache, recording, self.plan) if cache and self.plan else None)
+
+    def _run(self, disk: _Disk | None) -> dict[str, Any]:
+        if self.plan is None:
+            engine = Engine(self.model, max_batch_size=self.batch, prefill_chunk=max(self.prompt, 1))
+        else:
+            engine = Engine(self.model, max_batch_size=self.batch, context=self.context, whole_cache=True)
+        # First touches: pages, threads, arenas; and the first read of experts that then stay.
+        cold_seconds = self._prefill(engine, 8 if disk is None else self.prompt, _OTHER)
+        dot_limit = dot_peak(DOT_SECONDS)
+        prefill_seconds = self._prefill(engine, self.prompt, 0)
+        dot_limit = statistics.median((dot_limit, dot_peak(DOT_SECONDS), dot_peak(DOT_SECONDS)))
         prefill_tok_s = self.prompt / prefill_seconds
         operations = 2 * self._multiplied_params() * self.prompt + 2 * self._head_params()
         return {
@@ -68,12 +126,14 @@ class Bench:
             "batch": self.batch,
             "prefill_tok_s": prefill_tok_s,
             "prefill_seconds": prefill_seconds,
+            **({} if disk is None else {"prefill_cold_seconds": cold_seconds}),
             "dot_limit_gops": dot_limit / 1e9,
             "prefill_fraction_of_limit": operations / prefill_seconds / dot_limit,
-            **self._decode(engine),
+            **self._decode(engine, disk),
             "backend": backend().name,
             "threads": threads(),
             "torch_threads": torch.get_num_threads(),
+            **({} if self.plan is None else {"plan": _told(self.plan)}),
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
@@ -81,22 +141,23 @@ class Bench:
         generator = torch.Generator().manual_seed(self.seed + which)
         return torch.randint(0, self.model.args.vocab_size, (n,), generator=generator).tolist()
 
-    def _prefill(self, engine: Engine, n: int) -> float:
+    def _prefill(self, engine: Engine, n: int, which: int) -> float:
         """Seconds to read a prompt of n random tokens, to the logits of its last."""
-        seq_id = engine.add(self._prompt(n, 0), SamplingParams(max_tokens=2, temperature=1.0, seed=1))
-        (event, *_) = engine.step()
-        if event.error:
-            raise event.error
+        seq_id = engine.add(self._prompt(n, which), SamplingParams(max_tokens=2, temperature=1.0, seed=1))
+        while not (events := _step(engine)):
+            pass
         engine.cancel(seq_id)
-        return event.prefill_seconds
+        return events[0].prefill_seconds
 
-    def _decode(self, engine: Engine) -> dict[str, Any]:
-        """Decode in short stretches, with a plain read of all weights between each two."""
+    def _decode(self, engine: Engine, disk: _Disk | None) -> dict[str, Any]:
+        """Decode in short stretches, with a plain read of all weights in memory, and of some on disk, between them."""
         for row in range(self.batch):
             params = SamplingParams(max_tokens=self.decode + self.batch + 8, temperature=1.0, seed=row)
-            engine.add(self._prompt(16, row + 1), params)
+            engine.add(self._prompt(SHORT, row + 1), params)
         for _ in range(self.batch + 2):
-            engine.step()
+            _step(engine)
+        if disk is not None:
+            disk.begin()
         weights = matrices(self.model)
         rates: list[float] = []
         limits: list[float] = []
@@ -107,8 +168,10 @@ class Bench:
             steps = min(left, STEPS_BETWEEN_READS)
             before, started = spent(), time.perf_counter()
             for _ in range(steps):
-                engine.step()
+                _step(engine)
             seconds, after = time.perf_counter() - started, spent()
+            if disk is not None:
+                disk.note(self.batch * steps, seconds)
             limit = read_bandwidth(weights)
             nbytes = after[1] - before[1]
             rates.append(self.batch * steps / seconds)
@@ -123,6 +186,7 @@ class Bench:
             "read_limit_gbs": statistics.median(limits) / 1e9,
             "decode_fraction_of_limit": statistics.median(fractions),
             "outside_kernels_fraction": 1 - seconds_in_products / seconds_of_steps,
+            **({} if disk is None else disk.figures()),
         }
 
     def _head_params(self) -> int:
@@ -135,7 +199,95 @@ class Bench:
         return args.n_layers * (args.attention_params + experts * args.expert_params)
 
 
+class _Disk:
+    """What experts cost that are read when they are needed: counters of the decoding, beside what the disk can do."""
+
+    def __init__(self, cache: ExpertCache, recording: Recording, plan: MemoryPlan) -> None:
+        self._cache, self._recording, self._plan = cache, recording, plan
+        self._sum = LayerCounters()
+        self._tokens = self._skip = 0
+        self._limits: list[float] = []
+        self._allowed: list[float] = []
+        self._fractions: list[float] = []
+
+    def begin(self) -> None:
+        """From now on it counts."""
+        self._skip = len(self._recording.steps)
+        self._last = self._cache.counters.copy()
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """Add a stretch that has just been decoded, and measure the disk."""
+        happened = self._cache.counters.since(self._last).total
+        for one in fields(LayerCounters):
+            setattr(self._sum, one.name, getattr(self._sum, one.name) + getattr(happened, one.name))
+        self._tokens += tokens
+        limit = self._cache.disk_bandwidth(EXPERTS_PER_READ * self._plan.weights.expert)
+        self._limits.append(limit)
+        if happened.nbytes and limit:
+            self._allowed.append(limit * tokens / happened.nbytes)
+            self._fractions.append(happened.nbytes / seconds / limit)
+        self._last = self._cache.counters.copy()
+
+    def figures(self) -> dict[str, Any]:
+        """Of all stretches; None for what the disk allows where nothing was read."""
+        weights = self._plan.weights
+        trace = self._recording.trace()
+        same = replay(
+            trace.topk_ids,
+            self._cache.placement,
+            weights.n_experts,
+            weights.expert,
+            steps=self._recording.steps,
+            skip=self._skip,
+        )
+        return {
+            "hits": self._sum.hits,
+            "misses": self._sum.misses,
+            "hit_rate": self._sum.hit_rate,
+            "replay_hits": same.hits,
+            "replay_hit_rate": same.hit_rate,
+            "bytes_read_per_token": round(self._sum.nbytes / self._tokens),
+            "wait_seconds_per_token": self._sum.wait_seconds / self._tokens,
+            "disk_limit_gbs": statistics.median(self._limits) / 1e9,
+            "allowed_by_disk_tok_s": _median(self._allowed),
+            "decode_fraction_of_allowed": _median(self._fractions),
+        }
+
+
+_OTHER = 1 << 20  # a prompt that is none of the others
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _step(engine: Engine) -> list[Event]:
+    """One step, of which a failure is raised."""
+    events = engine.step()
+    for event in events:
+        if event.error:
+            raise event.error
+    return events
+
+
+def _told(plan: MemoryPlan) -> dict[str, Any]:
+    """What a plan says, for JSON."""
+    placement = plan.placement
+    return {
+        "budget": plan.budget,
+        "total": plan.footprint.total,
+        "context": plan.context,
+        "share": plan.share,
+        "slots": None if placement is None else placement.slots,
+        "pinned": 0 if placement is None else len(placement.pinned),
+    }
+
+
 def peak_rss_bytes() -> int:
-    """The most memory this process has had, in bytes."""
+    """The most memory this process has had, in bytes; not what its parent had, which Linux's getrusage may tell."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

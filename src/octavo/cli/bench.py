@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from octavo.cli.options import SHAPE_BITS
 from octavo.cli.terminal import note
 from octavo.errors import OptionError
+
+if TYPE_CHECKING:
+    from octavo.args import ModelArgs
+    from octavo.bench.measure import Bench
+
+
+class _How(NamedTuple):
+    """What is measured, by the options of these names."""
+
+    memory: str | None
+    routing: str | None
+    prompt: int
+    decode: int
+    batch: int
 
 
 @click.command()
@@ -20,6 +36,9 @@ from octavo.errors import OptionError
 @click.option(
     "--bits", type=click.Choice(SHAPE_BITS), metavar="N", help="16, 8, 4, 3 or 2; 4 for a shape, a model's own for it."
 )
+@click.option("--memory", metavar="SIZE", help="Run within so much, such as 12GiB: what does not fit is streamed.")
+@click.option("--store", metavar="DIR", help="Where a shape's weights are written (once), to be streamed.")
+@click.option("--routing", metavar="HOW", help="uniform, sticky:P or trace:FILE, in the place of the routers' choice.")
 @click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Prompt tokens.")
 @click.option("--decode", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Decode steps.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Sequences at once.")
@@ -29,6 +48,9 @@ def command(
     layers: int | None,
     model: str | None,
     bits: str | None,
+    memory: str | None,
+    store: str | None,
+    routing: str | None,
     prompt: int,
     decode: int,
     batch: int,
@@ -36,50 +58,123 @@ def command(
 ) -> None:
     """Measure prefill and decode, beside the machine's read bandwidth and integer dot products.
 
-    Prompts are random tokens, and replies are sampled, so that routing spreads over the experts. On a machine with
-    other work the figures mean little.
+    Prompts are random tokens, and replies are sampled, so that routing spreads over the experts. With --memory, what
+    is read from the disk is measured too, beside what the disk can do, and what the same choices would have read by
+    the cache's rules. With --routing sticky:P each expert of the last token stays with probability P. On a machine
+    with other work the figures mean little.
 
     \b
     octavo bench --shape mixtral-8x7b --layers 4 --bits 4 --prompt 512 --decode 64
+    octavo bench --shape mixtral-8x7b --bits 4 --memory 12GiB --store ./random-4bit --routing uniform
     octavo bench --model ./mixtral-4bit --batch 8 --json
     """
     if (shape is None) == (model is None):
         raise OptionError(
             "octavo bench needs either --shape or --model", hint="such as --shape mixtral-8x7b --layers 4"
         )
-    if model is not None and layers is not None:
-        raise OptionError("--layers belongs to --shape; a model has its own", hint="leave one of them out")
-    from octavo.bench.measure import Bench
-    from octavo.kernels import backend
+    for option, value in (("--layers", layers), ("--store", store)):
+        if model is not None and value is not None:
+            raise OptionError(f"{option} belongs to --shape; a model has its own", hint="leave one of them out")
+    if store is not None and bits == "16":
+        raise OptionError("--store is for low-bit weights, and --bits is 16", hint="give --bits 8, 4, 3 or 2")
 
     started = time.perf_counter()
-    loaded = _load(model, bits) if model is not None else _synthetic(str(shape), layers, bits)
+    how = _How(memory, routing, prompt, decode, batch)
+    bench = _prepare(shape, layers, model, None if bits is None else int(bits), store, how)
+    from octavo.kernels import backend
+
     note(f"{backend()}; ready after {time.perf_counter() - started:.1f} s")
-    args = loaded.args
-    found = {"shape": shape, "model": model, "layers": args.n_layers, "bits": bits or (None if model else "4")}
-    found |= Bench(loaded, prompt, decode, batch).run()
-    click.echo(json.dumps(found, indent=2) if as_json else _readable(found))
+    found = {"shape": shape, "model": model, "layers": bench.model.args.n_layers}
+    found |= {"bits": bits or (None if model else "4"), "routing": routing}
+    found |= bench.run()
+    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(_readable(found)))
 
 
-def _synthetic(shape: str, layers: int | None, bits: str | None) -> Any:
+def _prepare(
+    shape: str | None,
+    layers: int | None,
+    model: str | None,
+    bits: int | None,
+    store: str | None,
+    how: _How,
+) -> Bench:
+    """Check everything that can be checked before weights are written or loaded."""
+    from octavo.bench.measure import Bench, context_for
+    from octavo.bench.routing import parse_routing
     from octavo.bench.synthetic import synthetic_model
+    from octavo.checkpoint import open_checkpoint
+    from octavo.llm import LLM, find_model
+    from octavo.plan import make_plan, parse_size
     from octavo.shapes import shape as shape_of
 
-    return synthetic_model(shape_of(shape, layers), int(bits or 4))
+    args = open_checkpoint(find_model(model)).args if model is not None else shape_of(str(shape), layers)
+    choice = None if how.routing is None else parse_routing(how.routing, args)
+    context = context_for(args, how.prompt, how.decode, how.batch)
+    options: dict[str, Any] = {}
+    if how.memory is not None:
+        options = {"memory": how.memory, "context": context, "max_batch_size": how.batch}
+        if how.routing is not None and how.routing.startswith("trace:"):
+            options["trace"] = Path(how.routing.removeprefix("trace:")).expanduser()
+    plan = None
+    if model is None and how.memory is not None:
+        plan = make_plan(args, parse_size(how.memory), bits or 4, context, how.batch)
+        if plan.placement is not None and store is None:
+            raise OptionError(
+                f"not all experts fit into {how.memory} of memory, and a shape has none on the disk to be read",
+                hint="give --store DIR, where they are written once",
+            )
+    if model is None and store is None:
+        return Bench(synthetic_model(args, bits or 4), how.prompt, how.decode, how.batch, plan, choice)
+    if model is None:
+        model, bits = str(_write_store(args, bits or 4, Path(str(store)).expanduser())), None
+    llm = LLM.load(model, dtype="bfloat16", bits=None if bits == 16 else bits, **options)
+    return Bench(llm.model, how.prompt, how.decode, how.batch, llm.plan, choice)
 
 
-def _load(model: str, bits: str | None) -> Any:
-    from octavo.llm import LLM
+def _write_store(args: ModelArgs, bits: int, folder: Path) -> Path:
+    from octavo.bench.synthetic import plan_synthetic
+    from octavo.cli.convert import run_conversion
 
-    return LLM.load(model, dtype="bfloat16", bits=None if bits == "16" else bits).model
+    conversion = plan_synthetic(args, bits, folder)
+    if conversion is not None:
+        note(f"{folder}: {conversion.nbytes / 1e9:.1f} GB of random weights are written, once")
+        run_conversion(conversion)
+    return folder
 
 
-def _readable(found: dict[str, Any]) -> str:
-    return (
+def _readable(found: dict[str, Any]) -> Iterator[str]:
+    yield (
         f"prefill {found['prefill_tok_s']:8.1f} tokens/s   {found['prefill_fraction_of_limit']:6.1%} of "
-        f"{found['dot_limit_gops']:.0f} G integer operations/s\n"
+        f"{found['dot_limit_gops']:.0f} G integer operations/s"
+    )
+    yield (
         f"decode  {found['decode_tok_s']:8.1f} tokens/s   {found['decode_fraction_of_limit']:6.1%} of "
-        f"{found['read_limit_gbs']:.1f} GB/s, {found['bytes_per_token'] / 1e6:.1f} MB a token\n"
-        f"outside the kernels {found['outside_kernels_fraction']:.1%} of decode time; "
-        f"peak memory {found['peak_rss_bytes'] / 1e9:.2f} GB; {found['backend']}, {found['threads']} threads"
+        f"{found['read_limit_gbs']:.1f} GB/s, {found['bytes_per_token'] / 1e6:.1f} MB a token"
+    )
+    if "hit_rate" in found:
+        yield from _disk(found)
+    memory = f"peak memory {found['peak_rss_bytes'] / 1e9:.2f} GB"
+    if "plan" in found:
+        memory += f" (predicted {found['plan']['total'] / 1e9:.2f}, allowed {found['plan']['budget'] / 1e9:.2f})"
+    yield (
+        f"outside the kernels {found['outside_kernels_fraction']:.1%} of decode time; {memory}; "
+        f"{found['backend']}, {found['threads']} threads"
+    )
+
+
+def _disk(found: dict[str, Any]) -> Iterator[str]:
+    """What was streamed."""
+    read, wait = found["bytes_read_per_token"] / 1e6, found["wait_seconds_per_token"] * 1e3
+    line = f"disk    {read:.1f} MB a token, {wait:.1f} ms waited for it; {found['disk_limit_gbs']:.2f} GB/s at most"
+    if found["allowed_by_disk_tok_s"] is not None:
+        line += (
+            f", which allows {found['allowed_by_disk_tok_s']:.1f} tokens/s: "
+            f"{found['decode_fraction_of_allowed']:.1%} of that"
+        )
+    yield line
+    plan = found["plan"]
+    yield (
+        f"experts {plan['share']:.1%} in memory, {plan['pinned']} of them pinned, and {plan['slots']} tails; "
+        f"hit rate {found['hit_rate']:.1%}, by the cache's rules {found['replay_hit_rate']:.1%}; "
+        f"first prompt {found['prefill_cold_seconds']:.1f} s"
     )

@@ -19,6 +19,7 @@ from octavo.cli.options import (
     parse_pairs,
     sampling,
     speaker_options,
+    take_loading,
 )
 from octavo.cli.terminal import decode, note, show, stdin_is_terminal, tell_error
 from octavo.errors import PromptError, UserError
@@ -45,6 +46,8 @@ def command(
     dtype: str | None,
     device: str | None,
     bits: str | None,
+    memory: str | None,
+    verbose: bool,
     persona: str | None,
     system: str | None,
     pairs: tuple[str, ...],
@@ -58,11 +61,13 @@ def command(
     \b
     octavo chat
     octavo chat --model ./mixtral --system "Answer in one sentence." -o temperature=0.3
+    octavo chat --model ./mixtral-4bit --memory 12GiB
     """
     options = parse_pairs(pairs)
+    loading = take_loading(options)
     speaker = choose_persona(persona, model)
     sampling(speaker, options)  # what is misspelt should not wait for the model
-    llm = load(model, dtype, device, bits)
+    llm = load(model, dtype, device, bits, memory, loading)
     from octavo.cli.conversation import Conversation
     from octavo.llm import SHIPPED
 
@@ -72,7 +77,7 @@ def command(
         _greet(SHIPPED if model is None else model, llm, conversation)
     if not converses(llm):
         note("the model has no chat template; asked as Mistral's first chat models are")
-    _Chat(conversation, interactive).run()
+    _Chat(conversation, interactive, verbose).run()
 
 
 def _greet(name: str, llm: LLM, conversation: Conversation) -> None:
@@ -81,7 +86,7 @@ def _greet(name: str, llm: LLM, conversation: Conversation) -> None:
     if args.moe:
         size += f", {_size(args.n_active_params)} a token"
     persona = f"; persona {conversation.persona.name}" if conversation.persona else ""
-    note(f"octavo {octavo.__version__}: {name}, {size}, context {args.max_seq_len:,} tokens{persona}")
+    note(f"octavo {octavo.__version__}: {name}, {size}, context {llm.context:,} tokens{persona}")
     note("Ctrl-C stops a reply, /quit or Ctrl-D leaves, /help lists the commands")
 
 
@@ -95,9 +100,10 @@ def _size(count: int) -> str:
 class _Chat:
     """Reads turns and commands until there are no more."""
 
-    def __init__(self, conversation: Conversation, interactive: bool) -> None:
+    def __init__(self, conversation: Conversation, interactive: bool, verbose: bool) -> None:
         self._conversation = conversation
         self._interactive = interactive
+        self._verbose = verbose
         self._line = 0
         if interactive:
             with contextlib.suppress(ImportError):  # line editing and history, where Python has them
@@ -194,6 +200,10 @@ class _Chat:
             self._conversation.answer(stream.result.text)
         if self._interactive:
             self._tell(stream, stopped)
+        if self._verbose:
+            from octavo.cli.memory import tell_experts
+
+            tell_experts(stream.result.experts)
 
     def _tell(self, stream: Stream, stopped: bool) -> None:
         """How the reply went, where a person reads along."""

@@ -32,7 +32,7 @@ class Conversation:
     def __init__(self, llm: LLM, persona: Persona | None, system: str | None, options: dict[str, str]) -> None:
         self._llm = llm
         self._options = options
-        self.context = llm.model.args.max_seq_len
+        self.context = llm.context
         self.turns: list[Message] = []
         self._asked: list[Message] = []  # the turns a reply is awaited to
         self.become(persona)

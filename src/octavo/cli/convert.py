@@ -63,7 +63,7 @@ def command(
 def carry_out(conversion: Conversion, *, dry_run: bool, as_json: bool) -> None:
     """Write what is planned, with a progress bar, or only say what would be written."""
     if not dry_run:
-        _run(conversion)
+        run_conversion(conversion)
     if as_json:
         click.echo(json.dumps(_summary(conversion)))
     elif dry_run:
@@ -72,7 +72,7 @@ def carry_out(conversion: Conversion, *, dry_run: bool, as_json: bool) -> None:
         click.echo(conversion.target)
 
 
-def _run(conversion: Conversion) -> None:
+def run_conversion(conversion: Conversion) -> None:
     from tqdm import tqdm
 
     bar = tqdm(

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from octavo.cli.options import choose_persona, converses, load, model_options, parse_pairs, sampling, speaker_options
+from octavo.cli.options import (
+    choose_persona,
+    converses,
+    load,
+    model_options,
+    parse_pairs,
+    sampling,
+    speaker_options,
+    take_loading,
+)
 from octavo.cli.terminal import note, read_stdin, show, stdin_is_terminal
 from octavo.errors import OptionError, PromptError
 
 if TYPE_CHECKING:
-    from octavo.llm import LLM
+    from octavo.llm import LLM, Completion
     from octavo.sampling import SamplingParams
 
 
@@ -21,13 +30,15 @@ if TYPE_CHECKING:
 @model_options
 @speaker_options
 @click.option("--raw", is_flag=True, help="Complete PROMPT as plain text, not as a question to a chat model.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, token ids, usage, timings.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, token ids, usage, timings, memory.")
 def command(
     prompt: str | None,
     model: str | None,
     dtype: str | None,
     device: str | None,
     bits: str | None,
+    memory: str | None,
+    verbose: bool,
     persona: str | None,
     system: str | None,
     pairs: tuple[str, ...],
@@ -50,10 +61,12 @@ def command(
         )
     text = _prompt(prompt)
     speaker = None if raw else choose_persona(persona, model)
-    params = sampling(speaker, parse_pairs(pairs))
+    options = parse_pairs(pairs)
+    loading = take_loading(options)
+    params = sampling(speaker, options)
     if not as_json:
         _check_plain(params)
-    llm = load(model, dtype, device, bits)
+    llm = load(model, dtype, device, bits, memory, loading)
     if not raw and not (speaker or system is not None or converses(llm)):
         note("the model has no chat template: PROMPT is completed as plain text (--raw says so silently)")
         raw = True
@@ -61,7 +74,11 @@ def command(
         system = speaker.system
     turns = [{"role": "system", "content": system}] if system else []
     conversation = None if raw else [*turns, {"role": "user", "content": text}]
-    _answer(llm, text, conversation, params, as_json=as_json)
+    completion = _answer(llm, text, conversation, params, as_json=as_json)
+    if verbose:
+        from octavo.cli.memory import tell_experts
+
+        tell_experts(completion.experts)
 
 
 def _prompt(argument: str | None) -> str:
@@ -86,14 +103,27 @@ def _check_plain(params: SamplingParams) -> None:
 
 def _answer(
     llm: LLM, text: str, conversation: list[dict[str, str]] | None, params: SamplingParams, *, as_json: bool
-) -> None:
+) -> Completion:
     if as_json:
         completion = llm.chat(conversation, params) if conversation else llm.generate(text, params)
-        click.echo(json.dumps(completion.to_dict()))
-        return
+        click.echo(json.dumps(_to_dict(llm, completion)))
+        return completion
     try:
         with llm.stream(conversation or text, params) as stream:
             for chunk in stream:
                 show(chunk.text)
     finally:
         show("\n")
+    return stream.result
+
+
+def _to_dict(llm: LLM, completion: Completion) -> dict[str, Any]:
+    """The completion's own; where there is a budget, with what came of it."""
+    said = completion.to_dict()
+    if llm.plan is None:
+        return said
+    from octavo.cli.memory import plan_to_json
+
+    plan = {"budget": llm.plan.budget, "context": llm.plan.context, "batch": llm.plan.batch, **plan_to_json(llm.plan)}
+    cache = said.pop("experts")
+    return said | {"memory": {"plan": plan, "cache": cache}}

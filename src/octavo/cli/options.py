@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,14 +21,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 NO_PERSONA = "none"
 BITS = ("8", "4", "3", "2")
 SHAPE_BITS = ("16", *BITS)
+LOADING = ("context", "trace", "prefetch")  # what -o takes besides sampling options: rare options of LLM.load
 # Active parameters up to which one thread does all: the matrices are too small to share out, the other threads would
 # only spin at every operation's end, and on a busy machine the first one would wait for them (20 times slower).
 SMALL = 50_000_000
 
 
 def model_options(command: F) -> F:
-    """--model, --dtype, --device, --bits."""
+    """--model, --dtype, --device, --bits, --memory, --verbose."""
     for decorate in (
+        click.option(
+            "--verbose", "-v", is_flag=True, help="After a reply, say what was read of the experts, layer by layer."
+        ),
+        click.option(
+            "--memory", metavar="SIZE", help="All that may be taken, such as 12GiB: what does not fit is streamed."
+        ),
         click.option(
             "--bits", type=click.Choice(BITS), metavar="N", help="8, 4, 3 or 2: quantise the weights while loading."
         ),
@@ -46,7 +54,8 @@ def speaker_options(command: F) -> F:
     for decorate in (
         click.option(
             "--option", "-o", "pairs", multiple=True, metavar="KEY=VALUE",
-            help="A sampling option, such as temperature=0, top_p=0.9, max_tokens=100, seed=1. Repeatable.",
+            help="A sampling option, such as temperature=0, top_p=0.9, max_tokens=100, seed=1; or context=N and, with "
+            "--memory, trace=FILE and prefetch=true. Repeatable.",
         ),
         click.option("--system", metavar="TEXT", help="System prompt, in the place of the persona's."),
         click.option(
@@ -71,6 +80,29 @@ def parse_pairs(pairs: Sequence[str]) -> dict[str, str]:
             raise OptionError(f"-o {pair!r}: expected key=value", hint="such as -o temperature=0")
         options[key.strip()] = value
     return options
+
+
+def take_loading(options: dict[str, str]) -> dict[str, Any]:
+    """Take out of what -o says the options of `LLM.load`; what is left is for sampling.
+
+    Raises:
+        OptionError: a value that will not do, or a name that is nearly one of these.
+    """
+    for name in options.keys() - set(LOADING):
+        if near := difflib.get_close_matches(name, LOADING, n=1, cutoff=0.7):
+            raise OptionError(f"unknown option {name!r}", hint=f"did you mean {near[0]}?")
+    found: dict[str, Any] = {name: options.pop(name) for name in LOADING if name in options}
+    if "context" in found:
+        if not found["context"].strip().isdecimal():
+            raise OptionError(f"context is {found['context']!r}; expected an integer", hint="such as -o context=8192")
+        found["context"] = int(found["context"])
+    if found.get("trace") == "":
+        raise OptionError("trace is empty; expected a file", hint="octavo bench writes one")
+    if "prefetch" in found:
+        if found["prefetch"].lower() not in ("true", "false"):
+            raise OptionError(f"prefetch is {found['prefetch']!r}; expected true or false", hint="-o prefetch=true")
+        found["prefetch"] = found["prefetch"].lower() == "true"
+    return found
 
 
 def choose_persona(name: str | None, model: str | None) -> Persona | None:
@@ -99,17 +131,28 @@ def sampling(persona: Persona | None, options: dict[str, str]) -> SamplingParams
     return SamplingParams.from_options(options, base)
 
 
-def load(model: str | None, dtype: str | None, device: str | None, bits: str | None = None) -> LLM:
-    """Load the model a name stands for, by default the one that ships; where kernels compute, say which.
+def load(
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+    bits: str | None,
+    memory: str | None,
+    loading: dict[str, Any],
+) -> LLM:
+    """Load the model a name stands for, by default the one that ships; say which kernels compute, and the plan.
+
+    Args:
+        loading: as `take_loading` returns it.
 
     Raises:
         UserError: see `octavo.llm.LLM.load`.
     """
+    from octavo.cli.memory import plan_line
     from octavo.kernels import backend, set_threads
     from octavo.llm import LLM, SHIPPED
 
     name = SHIPPED if model is None else model
-    llm = LLM.load(name, dtype=dtype, device=device, bits=bits)
+    llm = LLM.load(name, dtype=dtype, device=device, bits=bits, memory=memory, **loading)
     if llm.tokenizer is None:
         raise TokenizerError(
             f"{name}: holds no tokenizer, and text needs one", hint="put tokenizer.model or tokenizer.json into it"
@@ -121,6 +164,11 @@ def load(model: str | None, dtype: str | None, device: str | None, bits: str | N
         set_threads(1)
     if llm.uses_kernels:
         note(str(backend()))
+    if llm.plan is not None:
+        note(plan_line(llm.plan))
+        idle = [name for name in ("trace", "prefetch") if loading.get(name)]
+        if idle and llm.plan.placement is None:
+            note(f"every expert is in memory: there is nothing for {' and '.join(idle)} to do")
     return llm
 
 

@@ -16,6 +16,7 @@ import click
 
 import octavo
 from octavo.args import ModelArgs
+from octavo.cli.memory import experts_in_words, plan_to_json
 from octavo.cli.options import SHAPE_BITS
 from octavo.errors import OptionError, UserError
 from octavo.machine import disk_bandwidth, free_memory, nvidia_gpu, physical_memory
@@ -50,7 +51,7 @@ MAX_HEADER_BYTES = 100_000_000  # as `octavo.storage.safetensors` has it
 SAMPLE = 1 << 30  # bytes that memory's bandwidth is measured with: more than caches hold
 READS = 9
 WIDTH = 100
-NOT_STREAMED = "not yet: reading experts from disk within a budget is not built"
+NOT_STREAMED = "not so: experts are read from disk in 16 bits or fewer"
 NOT_ON_GPU = "not yet: low-bit weights are computed with on the CPU, not on a GPU"
 NEITHER = "not yet: a GPU computes with 16 or 32 bits only, and with all experts in its memory"
 
@@ -136,7 +137,8 @@ def _find(name: str) -> Model:
     """A folder that exists goes before a shape of its name, as before a Hub id; menny always ships."""
     shipped = Path(octavo.__file__).parent / "models" / name
     if name == "menny" and shipped.is_dir():
-        return _read_folder(name, shipped) or _open(name, str(shipped))
+        found = _read_folder(name, shipped) or _open(name, str(shipped))
+        return dataclasses.replace(found, dtype="float32")  # which `LLM.load` computes with, unless told otherwise
     path = Path(os.path.expanduser(name))
     if path.exists():
         return _read_folder(name, path) or _open(name, name)
@@ -201,6 +203,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, _Tensor]]:
 
 def _open(name: str, source: str) -> Model:
     """Any layout, here or on the Hub; this imports torch, which takes a second."""
+    from octavo.budget import store_weights
     from octavo.checkpoint import open_checkpoint
     from octavo.storage.folder import LocalFolder
 
@@ -210,10 +213,7 @@ def _open(name: str, source: str) -> Model:
         checkpoint.check()
         folder = checkpoint.folder.path
     dtype = checkpoint.info("tok_embeddings.weight").dtype
-    store = None
-    if checkpoint.is_store:
-        sizes = {tensor: checkpoint.info(tensor).nbytes for tensor in checkpoint.names()}
-        store = weights_of_store(args, sizes, dtype.itemsize)
+    store = store_weights(checkpoint) if checkpoint.is_store else None
     return Model(name, name, args, str(dtype).removeprefix("torch."), store, folder)
 
 
@@ -308,17 +308,7 @@ class Report:
             "context": plan.context,
             "batch": plan.batch,
             "precisions": [self._row(weights) for weights in self._precisions()],
-            "plan": {
-                "precision": plan.weights.label,
-                "bits": plan.bits,
-                "resident_experts": plan.resident,
-                "streamed_experts": plan.streamed,
-                "slots": plan.slots,
-                "expert_bytes": plan.weights.expert,
-                **dataclasses.asdict(plan.footprint),
-                "total": plan.footprint.total,
-                "reason": plan.reason,
-            },
+            "plan": plan_to_json(plan),
             "ceilings": {
                 "read_bytes_per_step": round(plan.read_bytes),
                 "disk_bytes_per_step": round(plan.disk_bytes),
@@ -327,6 +317,7 @@ class Report:
                 "decode_tok_s": self._decode,
                 "prefill_tok_s_disk": plan.prefill_tok_s(device.disk),
             },
+            "prepare": None if self._obstacle else self._prepare,
             "command": None if self._obstacle else self._chat(plan.weights),
             "obstacle": self._obstacle,
             "instead": None if self._instead is None else self._chat(self._instead),
@@ -354,15 +345,8 @@ class Report:
 
     def _chosen(self) -> str:
         plan, size = self.plan, self.plan.footprint
-        if not plan.weights.n_experts:
-            experts = "all in memory"
-        elif plan.streamed:
-            experts = (
-                f"{plan.resident} of {plan.weights.n_experts} experts in memory, {plan.streamed} streamed from disk"
-            )
-        else:
-            experts = f"all {plan.resident} experts in memory"
-        return f"{plan.weights.label} in {show_size(size.total)}: {experts}, KV cache {show_size(size.kv_cache)}"
+        experts, cache = experts_in_words(plan), show_size(size.kv_cache)
+        return f"{plan.weights.label} in {show_size(size.total)}: {experts}; KV cache {cache}"
 
     @property
     def _given(self) -> str:
@@ -393,7 +377,7 @@ class Report:
             each = f"{show_size(plan.read_bytes)} a {steps} at {show_size(device.read)}/s"
             parts.append(f"{_rate(self._by_memory)} by memory ({each})")
             sources.append(f"memory: {device.source}")
-        if plan.streamed:
+        if plan.placement:
             each = f"{show_size(plan.disk_bytes)} a {steps} at {show_size(device.disk)}/s"
             parts.append(f"{_rate(self._by_disk)} by disk ({each})")
             sources.append(f"disk: {device.disk_source}")
@@ -403,15 +387,17 @@ class Report:
         together = "" if plan.batch == 1 else f" for {plan.batch} sequences together"
         yield f"decode at most {_rate(self._decode)} tok/s{together}: {', '.join(parts)}"
         if (prefill := plan.prefill_tok_s(device.disk)) is not None:
-            yield f"prompts at most {_rate(prefill)} tok/s by disk: {CHUNK} tokens read each streamed expert once"
+            yield f"prompts at most {_rate(prefill)} tok/s by disk: {CHUNK} tokens read what is streamed once"
         guess = " (a guess: --measure measures)" if device.source == HERE.source else ""
         yield f"{'; '.join(sources)}{guess}"
 
     @property
     def _obstacle(self) -> str | None:
         """What keeps this plan from running today."""
-        if self.plan.streamed:
-            return NEITHER if self._is_gpu else NOT_STREAMED
+        if self.plan.placement and self._is_gpu:
+            return NEITHER
+        if self.plan.placement and self.plan.bits == 32:
+            return NOT_STREAMED
         return None if self._runs_here(self.plan.weights) else NOT_ON_GPU
 
     @property
@@ -435,30 +421,56 @@ class Report:
     def _commands(self) -> Iterator[str]:
         plan = self.plan
         if self._obstacle is None:
+            if self._prepare is not None:
+                yield self._prepare
             yield self._chat(plan.weights)
             return
         yield self._obstacle
         if self._is_gpu:
             whole = footprint_of(plan.args, plan.weights, plan.context, plan.batch)
             yield f"on a CPU with {show_size(whole.total)}: {self._chat(plan.weights, gpu=False)}"
-        else:
-            yield f"once it is: {self._chat(plan.weights)} --memory {self.memory or f'{plan.budget // 10**8 / 10}GB'}"
         if self._instead is not None:
             size = footprint_of(plan.args, self._instead, plan.context, plan.batch)
             yield f"today ({show_size(size.total)}): {self._chat(self._instead)}"
         else:
             yield "today, nothing runs within it"
 
+    @property
+    def _store(self) -> str | None:
+        """The folder to make first, where experts are to be read in another form than the checkpoint has them in."""
+        plan, source = self.plan, self.model.source
+        if plan.placement is None or plan.bits is None or (plan.bits == 16 and self.model.dtype == "bfloat16"):
+            return None
+        name = os.path.basename(os.path.normpath(source)) if self.model.folder is None else os.path.normpath(source)
+        return f"{name}-{plan.bits}bit"
+
+    @property
+    def _prepare(self) -> str | None:
+        """The command that makes it."""
+        if self._store is None:
+            return None
+        words = ["octavo", "quantize", self.model.source, self._store, "--bits", str(self.plan.bits)]
+        if self.plan.bits == 16:
+            words = ["octavo", "convert", self.model.source, self._store, "--to", "hf", "--dtype", "bfloat16"]
+        return shlex.join(words)
+
     def _chat(self, weights: Weights, gpu: bool | None = None) -> str:
         """The command line for a precision; on the plan's device unless told otherwise."""
-        words = ["octavo", "chat", "--model", self.model.source]
-        if weights.bits in (8, 4, 3, 2):
+        on_gpu, plan = self._is_gpu if gpu is None else gpu, self.plan
+        store = self._store if weights is plan.weights and not self._is_gpu else None
+        words = ["octavo", "chat", "--model", store or self.model.source]
+        if weights.bits in (8, 4, 3, 2) and store is None:
             words += ["--bits", str(weights.bits)]
         dtype = "float32" if weights.bits == 32 else "bfloat16"
-        if weights.bits is not None and dtype != self.model.dtype:
+        converted = store is not None and weights.bits == 16
+        if weights.bits is not None and dtype != self.model.dtype and not converted:
             words += ["--dtype", dtype]
         if weights.bits in (16, 32):
-            words += ["--device", "cuda" if (self._is_gpu if gpu is None else gpu) else "cpu"]
+            words += ["--device", "cuda" if on_gpu else "cpu"]
+        if not self._is_gpu and (plan.placement or self.memory):  # a GPU's memory is another matter
+            words += ["--memory", self.memory or f"{plan.budget // 10**8 / 10}GB"]
+            if plan.context != min(DEFAULT_CONTEXT, plan.args.max_seq_len):
+                words += ["-o", f"context={plan.context}"]
         return shlex.join(words)
 
 
@@ -472,7 +484,7 @@ def _entry(head: str, *texts: str) -> Iterator[str]:
     """Texts beside a word, no wider than a terminal; commands are left whole, to be copied."""
     for number, text in enumerate(texts):
         first = f"{head if number == 0 else '':9}"
-        if "octavo chat" in text:
+        if any(f"octavo {verb} " in text for verb in ("chat", "quantize", "convert")):
             yield first + text
         else:
             yield from textwrap.wrap(
