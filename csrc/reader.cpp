@@ -1,5 +1,8 @@
 #include "reader.h"
 
+#include "formats.h"
+#include "pool.h"
+
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -9,8 +12,11 @@
 namespace octavo {
 namespace {
 
-constexpr int64_t kPart = 4 << 20;  // bytes of one read: enough for a disk's full speed with a few of them in flight
 constexpr int64_t kPage = 4096;
+// A segment is so many reads, all of them on their way at once where there are as many threads: a thread that has a next
+// one to begin first waits for a core, while products are computed.
+constexpr int64_t kParts = 4, kLeastPart = 1 << 20, kMostPart = 32 << 20;
+constexpr int64_t kTouched = 2 << 20;  // bytes of a task
 
 // Counts the time in which at least one thread waits.
 class Waiting {
@@ -47,15 +53,23 @@ void wait_for(const std::atomic<int>& there) {
 
 }  // namespace
 
+void touch(uint8_t* begin, int64_t nbytes) {
+    parallel(ceil_div(nbytes, kTouched), [&](int64_t task, int) {
+        const int64_t end = std::min(nbytes, (task + 1) * kTouched);
+        for (int64_t at = task * kTouched; at < end; at += kPage) *static_cast<volatile uint8_t*>(begin + at) = 0;
+    });
+}
+
 double waited() { return waiting.seconds(); }
 
 Read::Read(const std::vector<Segment>& segments) {
     for (const Segment& whole : segments) {
-        for (int64_t at = 0; at < whole.nbytes; at += kPart) {
+        const int64_t size = std::clamp(ceil_div(whole.nbytes, kParts * kPage) * kPage, kLeastPart, kMostPart);
+        for (int64_t at = 0; at < whole.nbytes; at += size) {
             Segment part = whole;
             part.begin += at;
             part.to += at;
-            part.nbytes = std::min(kPart, whole.nbytes - at);
+            part.nbytes = std::min(size, whole.nbytes - at);
             part.needed = std::clamp<int64_t>(whole.needed - at, 0, part.nbytes);
             parts_.push_back(part);
         }

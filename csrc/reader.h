@@ -73,6 +73,10 @@ class Reader {
     std::vector<std::thread> threads_;
 };
 
+// Takes memory by the kernels' threads, a byte of every page. Left to the threads that read, this would be done in the
+// midst of somebody's products, for whose threads there would be too few cores.
+void touch(uint8_t* begin, int64_t nbytes);
+
 // Seconds in which some thread of a kernel waited for a read.
 double waited();
 

@@ -479,6 +479,7 @@ def test_places_are_those_of_mapped_views(files: list[MappedFile]) -> None:
 def test_the_model_says_where_its_experts_are(folders: dict[str, Path]) -> None:
     model, cache = streamed(folders["4"], Placement(3 * size_of_expert(folders["4"]), 2))
     assert f"8 experts, {cache.nbytes} bytes in memory" in repr(model)
+    assert "tok_embeddings): StreamedEmbedding(420 x 64, on the disk)" in repr(model)
 
 
 # ---------------------------------------- prefetch

@@ -128,7 +128,11 @@ def _cannot_stream(checkpoint: Checkpoint, wanted: torch.dtype, bits: int | str 
     if packed is None and (wanted != torch.bfloat16 or checkpoint.info(first).dtype != wanted):
         return f"experts computed with as {_name(wanted)}"
     data = checkpoint.read(first) if packed is None else packed.data
-    return "experts that lie there in another form" if place_of(data) is None else None
+    if place_of(data) is None:
+        return "experts that lie there in another form"
+    if not checkpoint.args.tie_embeddings and place_of(checkpoint.read(EMBEDDING)) is None:
+        return "embeddings that lie there in another form"
+    return None
 
 
 def _check_free(plan: MemoryPlan) -> None:

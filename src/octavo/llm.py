@@ -134,8 +134,9 @@ class LLM:
         if plan is not None:
             max_batch_size, context = plan.batch, plan.context
         self.engine = Engine(model, max_batch_size=max_batch_size, context=context, whole_cache=plan is not None)
-        streamed = (module.cache for module in model.modules() if isinstance(module, StreamedExperts))
-        self._expert_cache = next(streamed, None)
+        streamed = next((module for module in model.modules() if isinstance(module, StreamedExperts)), None)
+        self._expert_cache = None if streamed is None else streamed.cache
+        self._prefetch = None if streamed is None else streamed.prefetch
         self._requests: dict[int, Request] = {}  # those under way, by sequence
 
     @classmethod
@@ -173,8 +174,9 @@ class LLM:
                 `bits` to ask for. On the CPU only.
             context: tokens of a sequence, prompt and reply together; by default the model's, and with `memory` 4096 of
                 them at most.
-            trace: a record of which experts were used, made by `octavo bench`: the most used ones stay in memory
-                whole. Needs `memory`; of no use where every expert fits, which `plan` tells.
+            trace: a record of which experts were used, by `octavo.experts.record`: where it would have read less, the
+                most used ones stay in memory whole. Needs `memory`; of no use where every expert fits, as `plan`
+                tells.
             prefetch: read ahead what the next layer's router would choose now. As `trace`.
 
         Raises:
@@ -226,6 +228,11 @@ class LLM:
     def experts(self) -> CacheCounters | None:
         """What was read of the experts so far, a view that goes on counting; None where they all stay in memory."""
         return None if self._expert_cache is None else self._expert_cache.counters
+
+    @property
+    def prefetch_note(self) -> str | None:
+        """How prefetch fared, once that is decided; None before, and where nothing is prefetched."""
+        return None if self._prefetch is None else self._prefetch.note
 
     @property
     def uses_kernels(self) -> bool:

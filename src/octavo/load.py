@@ -133,6 +133,7 @@ def assemble(
     plain: Callable[[str], Tensor],
     weight: Callable[[str], Weight] | None = None,
     experts: Callable[[int, Sequence[str]], nn.Module] | None = None,
+    embedding: nn.Module | None = None,
 ) -> Mixtral:
     """Put a model together.
 
@@ -143,6 +144,7 @@ def assemble(
             they are parameters like the others.
         experts: gives a layer's experts, by its number among those that have some and their names; by default they
             are made of what ``weight`` gives.
+        embedding: of tokens, where it is no parameter.
 
     Returns:
         The model in evaluation mode.
@@ -151,9 +153,12 @@ def assemble(
         model = Mixtral(args)
     if weight is not None:
         _use_kernels(model, weight, experts or partial(_resident, weight))
+    if embedding is not None:
+        model.set_submodule("tok_embeddings", embedding)
     with torch.no_grad():
-        for name in dict(model.named_parameters()):  # tied parameters appear once
-            _assign(model, name, plain(name))
+        for name, parameter in dict(model.named_parameters()).items():  # tied parameters appear once
+            if parameter.is_meta:
+                _assign(model, name, plain(name))
         model.tie()
     return model.eval().requires_grad_(False)
 
@@ -180,6 +185,7 @@ def _streamed(checkpoint: Checkpoint, dtype: torch.dtype, bits: int | str | None
             lambda name: _aligned(disk.plain(name)),
             disk.weight,
             lambda layer, names: StreamedExperts(layer, [kinds[layer, e] for e in range(len(names))], cache),
+            None if args.tie_embeddings else disk.embedding(),
         )
     if placement.prefetch:
         prefetch = Prefetch(_routers_ahead(model))

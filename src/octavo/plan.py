@@ -321,10 +321,10 @@ def workspace_bytes(args: ModelArgs, weights: Weights, context: int, batch: int)
 
 
 def footprint_of(args: ModelArgs, weights: Weights, context: int, batch: int, experts: int | None = None) -> Footprint:
-    """With every expert in memory, or so many bytes of them."""
+    """With every expert in memory, or so many bytes of them; in that case embeddings are read from disk by the row."""
     return Footprint(
         experts=weights.experts if experts is None else experts,
-        rest=weights.rest,
+        rest=weights.rest - (weights.embedding if experts is not None and weights.n_experts else 0),
         kv_cache=kv_cache_bytes(args, context, batch, weights.number),
         workspace=workspace_bytes(args, weights, context, batch),
     )
@@ -396,7 +396,7 @@ class MemoryPlan:
         budget: bytes that all of the process may take.
         context: tokens of a sequence.
         batch: sequences side by side.
-        placement: of the experts; None where all are in memory.
+        placement: of the experts; None where all weights are in memory.
         footprint: what is taken of the budget.
         reason: why this precision, and why these experts.
     """
@@ -457,11 +457,17 @@ class MemoryPlan:
 
         Keys and values come on top: they are few at first.
         """
-        return self.batch * read / self.read_bytes, self.batch * disk / self.disk_bytes if self.placement else None
+        return self.batch * read / self.read_bytes, self.batch * disk / self.disk_bytes if self.disk_bytes else None
+
+    def expected_tok_s(self, read: float, disk: float) -> float:
+        """Return the tokens a second to expect: the disk works while experts are computed with, and idles for the rest."""
+        experts = self.read_bytes - (self.weights.rest - self.weights.embedding)
+        seconds = (self.read_bytes - experts) / read + max(experts / read, self.disk_bytes / disk)
+        return self.batch / seconds
 
     def prefill_tok_s(self, disk: float) -> float | None:
         """Return the most prompt tokens a second where experts are streamed: a chunk reads each of them once."""
-        return CHUNK * disk / (self.weights.experts * (1 - self.share)) if self.placement else None
+        return CHUNK * disk / (self.weights.experts * (1 - self.share)) if self.disk_bytes else None
 
 
 def make_plan(
@@ -502,7 +508,7 @@ def make_plan(
     if not weights.expert or room < PASSING * weights.expert:
         raise _too_small(args, budget, choices, context, batch)
     placement = place_experts(room, weights.expert)
-    size = footprint_of(args, weights, context, batch, experts=room)
+    size = footprint_of(args, weights, context, batch, experts=min(room, weights.experts))
     return MemoryPlan(args, weights, budget, context, batch, placement, size, _why(weights, choices, fits=False))
 
 

@@ -104,6 +104,7 @@ class _Chat:
         self._conversation = conversation
         self._interactive = interactive
         self._verbose = verbose
+        self._told_prefetch = False
         self._line = 0
         if interactive:
             with contextlib.suppress(ImportError):  # line editing and history, where Python has them
@@ -204,6 +205,9 @@ class _Chat:
             from octavo.cli.memory import tell_experts
 
             tell_experts(stream.result.experts)
+        if (fared := self._conversation.llm.prefetch_note) and not self._told_prefetch:
+            self._told_prefetch = True
+            note(fared)
 
     def _tell(self, stream: Stream, stopped: bool) -> None:
         """How the reply went, where a person reads along."""

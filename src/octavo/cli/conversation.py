@@ -30,7 +30,7 @@ class Conversation:
     """
 
     def __init__(self, llm: LLM, persona: Persona | None, system: str | None, options: dict[str, str]) -> None:
-        self._llm = llm
+        self.llm = llm
         self._options = options
         self.context = llm.context
         self.turns: list[Message] = []
@@ -68,7 +68,7 @@ class Conversation:
         dropped = 0
         while len(turns) > 1 and not self._leaves_room(turns):
             turns, dropped = turns[2:], dropped + 1
-        stream = self._llm.stream(self._with_system(turns), self._params)
+        stream = self.llm.stream(self._with_system(turns), self._params)
         self._asked = turns
         return stream, dropped
 
@@ -84,4 +84,4 @@ class Conversation:
         reply = self.context // REPLY_SHARE
         if self._params.max_tokens is not None:
             reply = min(reply, self._params.max_tokens)
-        return len(self._llm.template.render(self._with_system(turns))) + reply <= self.context
+        return len(self.llm.template.render(self._with_system(turns))) + reply <= self.context

@@ -79,6 +79,8 @@ def command(
         from octavo.cli.memory import tell_experts
 
         tell_experts(completion.experts)
+    if llm.prefetch_note:
+        note(llm.prefetch_note)
 
 
 def _prompt(argument: str | None) -> str:
@@ -126,4 +128,4 @@ def _to_dict(llm: LLM, completion: Completion) -> dict[str, Any]:
 
     plan = {"budget": llm.plan.budget, "context": llm.plan.context, "batch": llm.plan.batch, **plan_to_json(llm.plan)}
     cache = said.pop("experts")
-    return said | {"memory": {"plan": plan, "cache": cache}}
+    return said | {"memory": {"plan": plan, "cache": cache, "prefetch": llm.prefetch_note}}

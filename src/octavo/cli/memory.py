@@ -17,6 +17,8 @@ def experts_in_words(plan: MemoryPlan) -> str:
     n_experts, placement = plan.weights.n_experts, plan.placement
     if placement is None:
         return f"all {n_experts} experts in memory" if n_experts else "all in memory"
+    if plan.share == 1:
+        return f"all {n_experts} experts in memory, token embeddings read from disk"
     part, pinned = int(100 * placement.head_share(n_experts, plan.weights.expert)), len(placement.pinned)
     others = f"{pinned} experts and {part}% of every other" if pinned else f"{part}% of every expert"
     return f"{others} in memory ({plan.resident} experts' worth), the rest streamed from disk"

@@ -315,6 +315,7 @@ class Report:
                 "decode_tok_s_memory": self._by_memory,
                 "decode_tok_s_disk": self._by_disk,
                 "decode_tok_s": self._decode,
+                "decode_tok_s_expected": self._expected,
                 "prefill_tok_s_disk": plan.prefill_tok_s(device.disk),
             },
             "prepare": None if self._obstacle else self._prepare,
@@ -361,6 +362,11 @@ class Report:
         return None if read is None else self.plan.decode_tok_s(read, self.device.disk)[0]
 
     @property
+    def _expected(self) -> float | None:
+        read = self.device.read
+        return None if read is None else self.plan.expected_tok_s(read, self.device.disk)
+
+    @property
     def _by_disk(self) -> float | None:
         return self.plan.decode_tok_s(1.0, self.device.disk)[1]
 
@@ -385,6 +391,8 @@ class Report:
             yield "unknown: so is this device's bandwidth; name the device, such as --device 'RTX 4090'"
             return
         together = "" if plan.batch == 1 else f" for {plan.batch} sequences together"
+        if plan.disk_bytes and self._expected is not None:
+            parts.append(f"{_rate(self._expected)} to be expected")
         yield f"decode at most {_rate(self._decode)} tok/s{together}: {', '.join(parts)}"
         if (prefill := plan.prefill_tok_s(device.disk)) is not None:
             yield f"prompts at most {_rate(prefill)} tok/s by disk: {CHUNK} tokens read what is streamed once"

@@ -20,11 +20,12 @@ from typing import NamedTuple
 import torch
 
 from octavo.errors import CheckpointError, OptionError
-from octavo.experts.reader import Layout, Read, Reader
+from octavo.experts.reader import Layout, Read, Reader, pages
 from octavo.machine import check_room
 from octavo.plan import PASSING, Placement
 from octavo.storage.files import Place
 
+PIECE = 16 << 20  # bytes, to measure the disk by where nothing is left to be streamed
 Key = tuple[int, int]
 """Layer and number of an expert."""
 
@@ -296,7 +297,7 @@ class ExpertCache:
         """Read again, all at once, what is in memory already, and return bytes a second: what the disk can do.
 
         Args:
-            nbytes: at least so many, of experts chosen at random; fewer if there is less.
+            nbytes: about so many, in pieces as large as tails, of experts chosen at random; fewer if there is less.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -304,13 +305,17 @@ class ExpertCache:
         heads = [key for key, read in self._head_reads.items() if read is None]
         there = [(self._heads[key].layout, self._head_at[key]) for key in heads]
         there += [(self._tails[key].layout, slot.address) for key, slot in self._used.items() if slot.read is None]
+        most = max((tail.layout.nbytes for tail in self._tails.values()), default=0) or PIECE
+        there = [one for one in there if 2 * one[0].nbytes >= most] or there
         random.shuffle(there)
         reads, done, started = [], 0, time.perf_counter()
         for layout, address in there:
-            reads.append(self._reader.start(layout, address))
-            done += layout.nbytes
-            if done >= nbytes:
-                break
+            if layout.reads and done < nbytes:
+                place, at = layout.reads[0]
+                first = random.randrange(place.begin, max(place.begin, place.end - most) + 1)
+                piece = Layout([Place(place.file, first, min(place.end, first + most))])
+                reads.append(self._reader.start(piece, address + at + pages(piece.reads[0][0])[0] - pages(place)[0]))
+                done += piece.nbytes
         for read in reads:
             read.check()
         return done / (time.perf_counter() - started)
@@ -325,6 +330,7 @@ class ExpertCache:
         if key not in self._head_reads:
             head = self._heads[key]
             check_room(head.layout.nbytes)
+            self._reader.take_memory(self._head_at[key], head.layout.nbytes)
             read = self._reader.start(head.layout, self._head_at[key]) if head.nbytes else None
             self._head_reads[key] = read
             self._layers[key[0]].nbytes += head.layout.nbytes

@@ -12,13 +12,16 @@ from torch import Tensor
 from octavo.checkpoint import Checkpoint
 from octavo.errors import OptionError
 from octavo.experts.cache import Key, Stored
+from octavo.experts.embedding import StreamedEmbedding
 from octavo.experts.reader import Reader
 from octavo.experts.streamed import Kind, kind_of
 from octavo.kernels.ops import Weight
 from octavo.quant.formats import PANEL_ROWS, Packed
-from octavo.storage.files import MappedFile, place_of
+from octavo.storage.files import MappedFile, Place, place_of
 
 MATRICES = ("w1", "w3", "w2")  # in the order they are used in
+EMBEDDING = "tok_embeddings.weight"
+PART = 16 << 20  # bytes that are read and compared at a time
 
 
 class OnDisk:
@@ -63,6 +66,22 @@ class OnDisk:
         packed = self._checkpoint.packed(name)
         return self.plain(name) if packed is None else packed._replace(data=self._own(name, packed.data))
 
+    def embedding(self) -> StreamedEmbedding | None:
+        """Token embeddings, read by the row; None where they do not lie there as they are used.
+
+        Raises:
+            CheckpointError: they cannot be read, or are not what was written.
+        """
+        tensor = self._checkpoint.read(EMBEDDING)
+        place = place_of(tensor)
+        if place is None or tensor.dtype != self._dtype:
+            return None
+        self._files.add(place.file)
+        parts = (Place(place.file, at, min(at + PART, place.end)) for at in range(place.begin, place.end, PART))
+        self._checkpoint.compare(EMBEDDING, (_as_bytes(self._reader.tensor(part)) for part in parts))
+        rows, cols = tensor.shape
+        return StreamedEmbedding(place, (rows, cols), tensor.dtype)
+
     def expert(self, key: Key, name: str) -> tuple[list[Kind], list[Stored]]:
         """Where the matrices of an expert lie, by the name that they begin with.
 
@@ -99,8 +118,12 @@ class OnDisk:
             return tensor.flatten().view(torch.uint8).clone()
         self._files.add(place.file)
         data = self._reader.tensor(place)
-        self._checkpoint.compare(name, [memoryview(data.numpy())])  # type: ignore[arg-type]
+        self._checkpoint.compare(name, [_as_bytes(data)])
         return data
+
+
+def _as_bytes(data: Tensor) -> memoryview:
+    return memoryview(data.numpy())  # type: ignore[arg-type]
 
 
 def not_streamable(what: str) -> OptionError:

@@ -30,19 +30,10 @@ def pages(place: Place) -> tuple[int, int]:
     return place.begin // PAGE * PAGE, -(-place.end // PAGE) * PAGE
 
 
-def joined(places: Sequence[Place]) -> list[Place]:
-    """The same bytes in as few places as can be: what lies one behind the other is one."""
-    found: list[Place] = []
-    for place in places:
-        if found and found[-1].file is place.file and found[-1].end == place.begin:
-            found[-1] = Place(place.file, found[-1].begin, place.end)
-        else:
-            found.append(place)
-    return found
-
-
 class Layout:
     """Where the bytes of some places come to lie in memory that begins at a page.
+
+    Places that lie one behind the other, in their file and in the list, are one read.
 
     Attributes:
         reads: what to read, and at which offset in memory its first page belongs.
@@ -52,18 +43,21 @@ class Layout:
 
     def __init__(self, places: Sequence[Place]) -> None:
         self.reads: list[tuple[Place, int]] = []
+        self.begins: list[int] = []
         self.nbytes = 0
-        for place in joined(places):
-            first, last = pages(place)
-            self.reads.append((place, self.nbytes))
-            self.nbytes += last - first
-        self.begins = [self._begin(place) for place in places]
+        for place in places:
+            whole, at = self.reads.pop() if self._goes_on(place) else (place, self.nbytes)
+            whole = Place(place.file, whole.begin, place.end)
+            first, last = pages(whole)
+            self.reads.append((whole, at))
+            self.begins.append(at + place.begin - first)
+            self.nbytes = at + last - first
 
-    def _begin(self, place: Place) -> int:
-        for whole, at in self.reads:
-            if whole.file is place.file and whole.begin <= place.begin and place.end <= whole.end:
-                return at + place.begin - pages(whole)[0]
-        raise AssertionError("a place is in one of the joined ones")
+    def _goes_on(self, place: Place) -> bool:
+        if not self.reads:
+            return False
+        before, _ = self.reads[-1]
+        return before.file is place.file and before.end == place.begin
 
 
 class Read:
@@ -112,7 +106,8 @@ class Reader:
     """Threads that read, and the files that they have opened."""
 
     def __init__(self) -> None:
-        self._native = compiled().Reader(THREADS)
+        self._module = compiled()
+        self._native = self._module.Reader(THREADS)
         self._open: dict[str, _Open] = {}
 
     def close(self) -> None:
@@ -141,6 +136,10 @@ class Reader:
             segments.append((opened.handle, first, address + at, last - first, needed, opened.direct))
             files[opened.handle] = place.file
         return Read(self._native.start(segments, later), files)
+
+    def take_memory(self, address: int, nbytes: int) -> None:
+        """Have the kernels' threads take memory that was not used yet, rather than those that read."""
+        self._module.touch(address, nbytes)
 
     def hurry(self, read: Read) -> None:
         """Somebody waits for it now."""

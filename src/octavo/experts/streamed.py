@@ -43,7 +43,7 @@ class StreamedExperts(nn.Module):
             ResourceError: others have taken the memory that the budget promised.
         """
         y_TD, before = torch.zeros(x_TD.shape, dtype=torch.float32), waited()
-        numbers = torch.unique(topk_ids_TK).tolist()
+        numbers = sorted(set(topk_ids_TK.flatten().tolist()))
         for helds in self._groups(numbers, x_TD, in_any_order=topk_ids_TK.shape[1] <= 2):
             if not all(self.cache.is_verified(held) for held in helds):
                 self._check(helds)
