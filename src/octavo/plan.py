@@ -460,7 +460,7 @@ class MemoryPlan:
         return self.batch * read / self.read_bytes, self.batch * disk / self.disk_bytes if self.disk_bytes else None
 
     def expected_tok_s(self, read: float, disk: float) -> float:
-        """Return the tokens a second to expect: the disk works while experts are computed with, and idles for the rest."""
+        """Return the tokens a second to expect: the disk works while experts are computed with, else it idles."""
         experts = self.read_bytes - (self.weights.rest - self.weights.embedding)
         seconds = (self.read_bytes - experts) / read + max(experts / read, self.disk_bytes / disk)
         return self.batch / seconds

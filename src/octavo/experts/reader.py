@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import mmap
 import os
+import random
+import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +26,7 @@ from octavo.storage.files import MappedFile, Place
 PAGE = 4096
 THREADS = 8  # reads in flight: what it takes to keep an NVMe disk busy
 SHORT, CANCELLED = -1, -2  # csrc/reader.h
+SAMPLE, PIECE, AT_ONCE = 1 << 30, 16 << 20, 4  # to measure a disk: bytes, of a read, and reads at a time
 
 
 def pages(place: Place) -> tuple[int, int]:
@@ -91,6 +95,32 @@ class Read:
             f"{file.location}: byte {at} and what follows cannot be read ({os.strerror(error)})",
             hint="is the disk still there, and sound? the next request tries again",
         )
+
+
+def disk_bandwidth(files: Sequence[Path]) -> float:
+    """Read pieces of files at random, as experts are read, and return bytes a second.
+
+    Args:
+        files: on the disk that is meant, of SAMPLE bytes or more together.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    mapped = [MappedFile(path) for path in files]
+    memory = torch.frombuffer(mmap.mmap(-1, AT_ONCE * PIECE), dtype=torch.uint8).fill_(1)  # there before it is timed
+    reader, done, seconds = Reader(), 0, 0.0
+    while done < SAMPLE:
+        begins = [(file, random.randrange(max(1, file.size - PIECE)) // PAGE * PAGE) for file in mapped]
+        layouts = [
+            Layout([Place(file, at, min(at + PIECE, file.size))]) for file, at in random.choices(begins, k=AT_ONCE)
+        ]
+        started = time.perf_counter()
+        for read in [reader.start(one, memory.data_ptr() + i * PIECE) for i, one in enumerate(layouts)]:
+            read.check()
+        seconds += time.perf_counter() - started
+        done += sum(one.nbytes for one in layouts)
+    reader.close()
+    return done / seconds
 
 
 class _Open(NamedTuple):
