@@ -11,12 +11,13 @@ from torch import Tensor
 
 import octavo
 from octavo import kernels
-from octavo.convert import plan_quantization
+from octavo.convert import plan_conversion, plan_quantization
 from octavo.engine import Engine
 from octavo.errors import OptionError, UserError
 from octavo.kernels.modules import KernelExperts, KernelLinear
 from octavo.llm import shipped_model
 from octavo.model import Mixtral
+from stores import make_source, quantise
 from tiny_folder import make_tiny_folder
 
 BITS = ("8", "4", "3", "2")
@@ -150,3 +151,15 @@ def test_a_damaged_store_is_not_loaded(stores: dict[str, Path], tmp_path: Path) 
         file.write(bytes([byte ^ 1]))
     with pytest.raises(UserError, match="checksum"):
         octavo.load_model(damaged)
+
+
+def test_float16_is_refused_beside_low_bit_weights(tmp_path: Path) -> None:
+    source = make_source(tmp_path)
+    plan_conversion(source, tmp_path / "half", to="hf", dtype="float16").run()
+    quantise(tmp_path / "half", tmp_path / "store")
+    asked: list[tuple[Path, dict[str, Any]]] = [(tmp_path / "store", {}), (source, {"bits": 4, "dtype": "float16"})]
+    for folder, options in asked:
+        with pytest.raises(OptionError, match="dtype is float16") as error:
+            octavo.load_model(folder, **options)
+        assert "--dtype bfloat16" in str(error.value.hint)
+    assert octavo.load_model(tmp_path / "store", dtype="bfloat16")[0].dtype == torch.bfloat16

@@ -28,7 +28,7 @@ from octavo.experts import CacheCounters
 from octavo.experts.replay import placement_from_trace
 from octavo.experts.trace import RoutingTrace
 from octavo.llm import LLM
-from octavo.plan import CHUNK, MemoryPlan, footprint_of, kv_cache_bytes, weights_at
+from octavo.plan import BASE, CHUNK, MemoryPlan, footprint_of, kv_cache_bytes, weights_at
 from octavo.sampling import SamplingParams
 from run_octavo import command, refused, run, terminal
 from stores import make_source, quantise
@@ -429,7 +429,7 @@ def test_rare_options_go_to_the_model(folders: dict[str, Path]) -> None:
     refused(run(*line, whole, "-o", "context=lots"), "context is 'lots'", hint="-o context=")
     refused(run(*line, whole, "-o", "context=999"), "context is 999", hint="256")
     refused(run(*line, whole, "-o", "prefetch=maybe"), "prefetch is 'maybe'", hint="-o prefetch=true")
-    refused(run(*line, whole, "-o", "trace="), "trace is empty", hint="octavo bench")
+    refused(run(*line, whole, "-o", "trace="), "trace is empty", hint="octavo.experts.record")
     refused(run(*line, whole, "-o", "prefech=true"), "'prefech'", hint="did you mean prefetch?")
     refused(run(*line, whole, "-o", "temprature=1"), "'temprature'", hint="did you mean temperature?")
     refused(run(*line[:-1], "-o", "prefetch=true"), "prefetch needs memory", hint="--memory")
@@ -444,9 +444,9 @@ def test_a_budget_that_is_not_free_is_refused_and_the_hint_works(
 ) -> None:
     least, whole = span(folders["16"])
     assert whole - least > 5_000_000
-    there = min(300_000_000, machine.resident_memory())
+    there = min(BASE, machine.resident_memory())
     group = "sys/fs/cgroup/box/"
-    free = whole - there + machine.SPARE - 2_000_000
+    free = whole - there - 2_000_000
     files = {
         "proc/meminfo": f"MemAvailable: {2**34} kB\n",
         "proc/self/cgroup": "0::/box\n",
@@ -472,20 +472,18 @@ def test_memory_that_others_have_taken_ends_the_reply_alone(
     full = tree(tmp_path, {"proc/meminfo": "MemAvailable: 1000 kB\n"})
     with monkeypatch.context() as patch:
         patch.setattr("octavo.engine.check_room", functools.partial(machine.check_room, root=full))
-        with pytest.raises(ResourceError, match=r"0\.00 GB are free on this machine"):
+        with pytest.raises(ResourceError, match=r"0\.00 GB can be had on this machine"):
             llm.generate("The", GREEDY)
     assert llm.generate("The", GREEDY).choices == expected.choices
 
 
 def test_room_is_what_is_free_and_told_at_once(tmp_path: Path) -> None:
     root = tree(tmp_path / "one", MEMINFO)
-    free = 16_000_000 * 1024
-    machine.check_room(free - machine.SPARE, root=root)
-    machine.check_room(free, spare=0, root=root)
-    for needed, spare in ((free - machine.SPARE + 1, machine.SPARE), (free + 1, 0)):
-        with pytest.raises(ResourceError, match="on this machine") as caught:
-            machine.check_room(needed, spare, root)
-        assert "--memory" in (caught.value.hint or "")
+    free = 16_000_000 * 1024 - machine.SPARE
+    machine.check_room(free, root=root)
+    with pytest.raises(ResourceError, match="on this machine") as caught:
+        machine.check_room(free + 1, root=root)
+    assert "--memory" in (caught.value.hint or "")
     machine.check_room(1 << 60, root=tmp_path)  # a system that does not tell
     group = "sys/fs/cgroup/box/"
     inside = MEMINFO | {
@@ -495,9 +493,9 @@ def test_room_is_what_is_free_and_told_at_once(tmp_path: Path) -> None:
         f"{group}memory.stat": "active_file 500\ninactive_file 100\n",
     }
     root = tree(tmp_path / "two", inside)
-    machine.check_room(1600, 0, root)  # what its cache could give is asked for where it matters
+    machine.check_room(1600, root)  # what its cache could give is asked for where it matters
     with pytest.raises(ResourceError, match=r"box/memory\.max"):
-        machine.check_room(1601, 0, root)
+        machine.check_room(1601, root)
 
 
 @pytest.fixture

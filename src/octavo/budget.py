@@ -12,7 +12,7 @@ from octavo.engine import with_context
 from octavo.errors import OptionError, ResourceError
 from octavo.kernels import backend
 from octavo.load import parse_dtype
-from octavo.machine import SPARE, resident_memory, room
+from octavo.machine import resident_memory, room
 from octavo.plan import (
     BASE,
     DEFAULT_CONTEXT,
@@ -140,7 +140,7 @@ def _check_free(plan: MemoryPlan) -> None:
     found, total = room(), plan.footprint.total
     if found is None:
         return
-    free = found.nbytes + min(BASE, resident_memory()) - SPARE
+    free = found.nbytes + min(BASE, resident_memory())
     if total > free:
         raise ResourceError(
             f"the plan for {show_size(plan.budget)} of memory takes {show_size(total)}, and {show_size(max(0, free))} "

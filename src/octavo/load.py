@@ -108,6 +108,11 @@ def build_model(
         raise OptionError(f"device is {str(device)!r}; low-bit weights are computed with on the CPU", hint="use cpu")
     # The checkpoint's dtype is its embedding's; tensors stored otherwise are converted to it.
     wanted = wanted or checkpoint.info("tok_embeddings.weight").dtype
+    if low_bit and wanted == torch.float16:
+        raise OptionError(
+            "dtype is float16; beside low-bit weights activations are bfloat16 or float32",
+            hint="--dtype bfloat16, or float32, which loses nothing and takes more memory",
+        )
     if placement is not None:
         if place.type != "cpu" or not backend().compiled or (wanted != torch.bfloat16 and not low_bit):
             raise OptionError(

@@ -20,7 +20,7 @@ from octavo.errors import OptionError, ResourceError
 READERS = 4  # reads in flight; one alone leaves an NVMe disk waiting
 PIECE = 8 << 20  # bytes of a read
 SAMPLE = 512 << 20  # bytes that are read
-SPARE = 128 << 20  # bytes left to the system and to others: what is free is an estimate
+SPARE = 128 << 20  # bytes of the machine's that are left to the system and to others: what is free is an estimate
 UNLIMITED = 1 << 60  # what cgroups of version 1 call a limit though it is none lies above
 
 
@@ -58,22 +58,20 @@ def room(root: Path = Path("/"), enough: float = math.inf) -> Room | None:
     return None if least is None else least._replace(nbytes=max(0, least.nbytes))
 
 
-def check_room(needed: int, spare: int = SPARE, root: Path = Path("/")) -> None:
+def check_room(needed: int, root: Path = Path("/")) -> None:
     """Make sure that memory is free before it is taken; passes where the system does not tell.
 
     Args:
         needed: bytes.
-        spare: bytes that must be left.
         root: of the file system; another for tests.
 
     Raises:
         ResourceError: so much is not free; it may have been taken by others since the model was loaded.
     """
-    found = room(root, needed + spare)
-    if found is not None and found.nbytes < needed + spare:
+    found = room(root, needed)
+    if found is not None and found.nbytes < needed:
         raise ResourceError(
-            f"{needed / 1e9:.2f} GB of memory are needed, and {found.nbytes / 1e9:.2f} GB are free {found.limit}, "
-            f"of which {spare / 1e9:.2f} GB are left alone",
+            f"{needed / 1e9:.2f} GB of memory are needed, and {found.nbytes / 1e9:.2f} GB can be had {found.limit}",
             hint="end other programs, or load the model with less memory (--memory)",
         )
 
@@ -105,7 +103,7 @@ def _available(root: Path) -> Iterator[Room]:
     with suppress(OSError):
         found = re.search(r"^MemAvailable: *(\d+) kB", _text(f"{root}/proc/meminfo"), re.MULTILINE)
         if found:
-            yield Room(int(found[1]) * 1024, "on this machine")
+            yield Room(int(found[1]) * 1024 - SPARE, "on this machine")
 
 
 def _within_cgroups(root: Path, enough: float) -> Iterator[Room]:

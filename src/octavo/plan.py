@@ -18,6 +18,9 @@ from octavo.errors import OptionError
 from octavo.quant.formats import FORMATS
 from octavo.quant.presets import PRESETS
 
+BETWEEN = 1.2e-3
+"""Seconds of a layer in which neither products nor reads are under way, where experts are streamed: 30 to 50 ms of a
+token's 32 layers, measured."""
 PRECISIONS = (32, 16, 8, 4, 3, 2)
 """Bits of a weight, best first."""
 UNASKED = (16, 8, 4)
@@ -28,9 +31,10 @@ SLOTS = 4
 """So many where there is room: what the disk needs to be busy."""
 DEFAULT_CONTEXT = 4096
 
-BASE = 300_000_000
+BASE = 340_000_000
 """A process without weights: the peak resident memory of `octavo generate` with a model of 100 kB was 253 to 257 MB
-(torch 2.13 for CPUs, Linux; 237 of them after `import octavo.llm` and one product). Other builds of torch take more."""
+(torch 2.13 for CPUs, Linux; 237 of them after `import octavo.llm` and one product), and runs of the full-size model
+took up to 40 more than 300. Other builds of torch take more."""
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgtp])(i?b?)|b?)\s*", re.IGNORECASE | re.ASCII)
 _EXPERT = re.compile(r"(layers\.\d+\.feed_forward\.experts\.\d+)\.w[123]\.weight")
@@ -461,8 +465,10 @@ class MemoryPlan:
 
     def expected_tok_s(self, read: float, disk: float) -> float:
         """Return the tokens a second to expect: the disk works while experts are computed with, else it idles."""
-        experts = self.read_bytes - (self.weights.rest - self.weights.embedding)
-        seconds = (self.read_bytes - experts) / read + max(experts / read, self.disk_bytes / disk)
+        others = self.weights.rest - self.weights.embedding
+        seconds = others / read + max((self.read_bytes - others) / read, self.disk_bytes / disk)
+        if self.disk_bytes:
+            seconds += self.args.n_layers * BETWEEN
         return self.batch / seconds
 
     def prefill_tok_s(self, disk: float) -> float | None:
@@ -507,8 +513,9 @@ def make_plan(
     room = budget - footprint_of(args, weights, context, batch, experts=0).total
     if not weights.expert or room < PASSING * weights.expert:
         raise _too_small(args, budget, choices, context, batch)
+    room = min(room, weights.experts)  # all of them, where only embeddings stay on the disk
     placement = place_experts(room, weights.expert)
-    size = footprint_of(args, weights, context, batch, experts=min(room, weights.experts))
+    size = footprint_of(args, weights, context, batch, experts=room)
     return MemoryPlan(args, weights, budget, context, batch, placement, size, _why(weights, choices, fits=False))
 
 

@@ -30,6 +30,7 @@ from octavo.sampling import SamplingParams
 
 STEPS_BETWEEN_READS = 8
 """Decode steps between two readings of the limits: the machine's bandwidths change within seconds."""
+BURSTS = 8  # reads of what a token may lack of a layer, nothing else going on: what its reads can reach
 EXPERTS_PER_READ = 4
 """So many are read to find the disk's."""
 DOT_SECONDS = 0.3
@@ -207,6 +208,7 @@ class _Disk:
         self._sum = LayerCounters()
         self._tokens = self._skip = 0
         self._limits: list[float] = []
+        self._bursts: list[float] = []
         self._allowed: list[float] = []
         self._fractions: list[float] = []
 
@@ -223,6 +225,8 @@ class _Disk:
         self._tokens += tokens
         limit = self._cache.disk_bandwidth(EXPERTS_PER_READ * self._plan.weights.expert)
         self._limits.append(limit)
+        of_a_layer = self._plan.args.moe.num_experts_per_tok if self._plan.args.moe else 0
+        self._bursts += [self._cache.disk_bandwidth(self._cache.tail_nbytes * of_a_layer) for _ in range(BURSTS)]
         if happened.nbytes and limit:
             self._allowed.append(limit * tokens / happened.nbytes)
             self._fractions.append(happened.nbytes / seconds / limit)
@@ -249,6 +253,7 @@ class _Disk:
             "bytes_read_per_token": round(self._sum.nbytes / self._tokens),
             "wait_seconds_per_token": self._sum.wait_seconds / self._tokens,
             "disk_limit_gbs": statistics.median(self._limits) / 1e9,
+            "disk_burst_gbs": statistics.median(self._bursts) / 1e9,
             "allowed_by_disk_tok_s": _median(self._allowed),
             "decode_fraction_of_allowed": _median(self._fractions),
         }

@@ -97,7 +97,7 @@ def take_loading(options: dict[str, str]) -> dict[str, Any]:
             raise OptionError(f"context is {found['context']!r}; expected an integer", hint="such as -o context=8192")
         found["context"] = int(found["context"])
     if found.get("trace") == "":
-        raise OptionError("trace is empty; expected a file", hint="octavo bench writes one")
+        raise OptionError("trace is empty; expected a file", hint="octavo.experts.record makes one")
     if "prefetch" in found:
         if found["prefetch"].lower() not in ("true", "false"):
             raise OptionError(f"prefetch is {found['prefetch']!r}; expected true or false", hint="-o prefetch=true")

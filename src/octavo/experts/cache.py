@@ -163,6 +163,7 @@ class ExpertCache:
 
     Attributes:
         n_slots: tails that there is room for at a time.
+        tail_nbytes: of the largest tail, in whole pages.
         nbytes: of memory; no more than the placement's, but for pages that are half filled.
 
     Raises:
@@ -180,6 +181,7 @@ class ExpertCache:
         self.placement, self._verify = placement, verify
         self._heads, self._tails, self.n_slots = _share_out(experts, placement)
         slot_nbytes = max((tail.layout.nbytes for tail in self._tails.values()), default=0)
+        self.tail_nbytes = slot_nbytes
         self.nbytes = sum(head.layout.nbytes for head in self._heads.values()) + self.n_slots * slot_nbytes
         self._memory = _Memory(self.nbytes)
         address = self._memory.address
