@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -562,3 +563,35 @@ def test_the_disk_is_read_and_nothing_left_behind(tmp_path: Path, monkeypatch: p
         machine.disk_bandwidth(tmp_path / "absent")
     with pytest.raises(OptionError, match="too little free disk"):
         machine.disk_bandwidth(Path("/proc"))
+
+
+@given(st.data(), any_args(), st.floats(1e8, 1e12), st.floats(1e7, 1e11))
+@settings(deadline=None)
+def test_what_is_expected_is_no_more_than_the_ceilings(
+    data: st.DataObject, args: ModelArgs, read: float, disk: float
+) -> None:
+    try:
+        plan = make_plan(args, data.draw(any_budget(args)), None, 512)
+    except OptionError:
+        return
+    by_memory, by_disk = plan.decode_tok_s(read, disk)
+    expected = plan.expected_tok_s(read, disk)
+    assert 0 < expected <= 1.000001 * by_memory
+    if by_disk is None:
+        assert expected == pytest.approx(by_memory)
+    else:
+        assert expected <= by_disk
+
+
+def test_what_is_expected_is_what_was_measured() -> None:
+    """The runs of docs/memory.md, with the limits that were measured in them."""
+    results = json.loads((Path(__file__).parents[1] / "benchmarks/results/any_memory.json").read_text())
+    measured = [run for size, runs in results["steps"].items() if size.endswith("GiB") for run in runs]
+    assert len(measured) >= 6
+    for run in measured:
+        plan = make_plan(MIXTRAL, run["plan"]["budget"], 4, run["plan"]["context"])
+        # That run's own share: what a plan counts for the process has changed since.
+        touched = run["bytes_read_per_token"] / plan.disk_bytes
+        assert touched == pytest.approx(1, abs=0.05)
+        expected = plan.expected_tok_s(1e9 * run["read_limit_gbs"], 1e9 * run["disk_limit_gbs"])
+        assert expected == pytest.approx(run["decode_tok_s"], rel=0.25)

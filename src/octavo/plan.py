@@ -21,6 +21,8 @@ from octavo.quant.presets import PRESETS
 BETWEEN = 1.2e-3
 """Seconds of a layer in which neither products nor reads are under way, where experts are streamed: 30 to 50 ms of a
 token's 32 layers, measured."""
+BESIDE = 0.45
+"""Of the disk's speed is left while products stream from memory: from what six budgets took, see docs/log.md."""
 PRECISIONS = (32, 16, 8, 4, 3, 2)
 """Bits of a weight, best first."""
 UNASKED = (16, 8, 4)
@@ -464,9 +466,10 @@ class MemoryPlan:
         return self.batch * read / self.read_bytes, self.batch * disk / self.disk_bytes if self.disk_bytes else None
 
     def expected_tok_s(self, read: float, disk: float) -> float:
-        """Return the tokens a second to expect: the disk works while experts are computed with, else it idles."""
+        """Return the tokens a second to expect: while experts are computed with the disk works too, at less speed."""
         others = self.weights.rest - self.weights.embedding
-        seconds = others / read + max((self.read_bytes - others) / read, self.disk_bytes / disk)
+        experts = (self.read_bytes - others) / read
+        seconds = others / read + experts + max(0.0, self.disk_bytes / disk - BESIDE * experts)
         if self.disk_bytes:
             seconds += self.args.n_layers * BETWEEN
         return self.batch / seconds

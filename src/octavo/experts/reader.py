@@ -26,7 +26,7 @@ from octavo.storage.files import MappedFile, Place
 PAGE = 4096
 THREADS = 8  # reads in flight: what it takes to keep an NVMe disk busy
 SHORT, CANCELLED = -1, -2  # csrc/reader.h
-SAMPLE, PIECE, AT_ONCE = 1 << 30, 16 << 20, 4  # to measure a disk: bytes, of a read, and reads at a time
+SAMPLE, PIECE, AT_ONCE = 1 << 30, 16 << 20, 16  # to measure a disk: bytes, of a read, and reads at a time
 
 
 def pages(place: Place) -> tuple[int, int]:
