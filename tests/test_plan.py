@@ -300,7 +300,7 @@ def test_a_plan_keeps_its_budget(data: st.DataObject, args: ModelArgs, bits: int
         assert (plan.share, plan.resident, plan.disk_bytes) == (1, weights.n_experts, 0)
         assert plan.footprint == footprint(args, plan.bits or 0, 512)
     if plan.placement is not None:
-        everything = plan.footprint.experts == weights.experts  # but for embeddings
+        everything = plan.footprint.experts >= weights.experts  # but for embeddings
         assert everything or plan.footprint.total == budget  # all of it is used
         assert plan.footprint.experts == plan.placement.nbytes
         assert PASSING <= plan.placement.slots <= SLOTS

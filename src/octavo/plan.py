@@ -516,7 +516,7 @@ def make_plan(
     room = budget - footprint_of(args, weights, context, batch, experts=0).total
     if not weights.expert or room < PASSING * weights.expert:
         raise _too_small(args, budget, choices, context, batch)
-    room = min(room, weights.experts)  # all of them, where only embeddings stay on the disk
+    room = min(room, max(weights.experts, PASSING * weights.expert))  # all, where only embeddings stay on the disk
     placement = place_experts(room, weights.expert)
     size = footprint_of(args, weights, context, batch, experts=room)
     return MemoryPlan(args, weights, budget, context, batch, placement, size, _why(weights, choices, fits=False))
