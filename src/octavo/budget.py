@@ -10,6 +10,7 @@ import torch
 from octavo.checkpoint import Checkpoint
 from octavo.engine import with_context
 from octavo.errors import OptionError, ResourceError
+from octavo.experts.disk import EMBEDDING
 from octavo.kernels import backend
 from octavo.load import parse_dtype
 from octavo.machine import resident_memory, room
@@ -28,8 +29,6 @@ from octavo.quant.formats import FORMATS
 from octavo.quant.presets import preset
 from octavo.storage.files import place_of
 from octavo.storage.packed_octavo import KEY
-
-EMBEDDING = "tok_embeddings.weight"  # its dtype is the checkpoint's
 
 
 def store_weights(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Weights:

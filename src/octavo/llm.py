@@ -19,14 +19,12 @@ from octavo.checkpoint import open_checkpoint
 from octavo.completion import Chunk, Completion, Reply, Request
 from octavo.engine import Engine, with_context
 from octavo.errors import CheckpointError, HubError, OptionError, PromptError, TokenizerError
-from octavo.experts import CacheCounters, StreamedExperts
+from octavo.experts import CacheCounters, StreamedExperts, placement_from_trace
 from octavo.hub import REPO_ID, snapshot
 from octavo.kernels.modules import uses_kernels
 from octavo.load import build_model
 from octavo.model import Mixtral
-from octavo.plan import (
-    MemoryPlan,
-)
+from octavo.plan import MemoryPlan
 from octavo.sampling import SamplingParams
 from octavo.tokenizer import Tokenizer
 
@@ -205,8 +203,6 @@ class LLM:
             if plan.placement is not None:
                 placement = plan.placement
                 if trace is not None:
-                    from octavo.experts.replay import placement_from_trace
-
                     placement = placement_from_trace(Path(trace), plan)
                 plan = dataclasses.replace(plan, placement=dataclasses.replace(placement, prefetch=prefetch))
             elif not checkpoint.is_store:  # what is converted must not stay mapped beside what it becomes

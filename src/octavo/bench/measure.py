@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from octavo.args import ModelArgs
 from octavo.bench.routing import Choice, routed
 from octavo.engine import Engine, Event
 from octavo.errors import OptionError
-from octavo.experts import ExpertCache, LayerCounters, StreamedExperts
+from octavo.experts import ExpertCache, StreamedExperts
 from octavo.experts.replay import replay
 from octavo.experts.trace import Recording, record
 from octavo.kernels import backend, dot_peak, read_bandwidth, threads
@@ -205,7 +205,6 @@ class _Disk:
 
     def __init__(self, cache: ExpertCache, recording: Recording, plan: MemoryPlan) -> None:
         self._cache, self._recording, self._plan = cache, recording, plan
-        self._sum = LayerCounters()
         self._tokens = self._skip = 0
         self._limits: list[float] = []
         self._bursts: list[float] = []
@@ -215,13 +214,11 @@ class _Disk:
     def begin(self) -> None:
         """From now on it counts."""
         self._skip = len(self._recording.steps)
-        self._last = self._cache.counters.copy()
+        self._first = self._last = self._cache.counters.copy()
 
     def note(self, tokens: int, seconds: float) -> None:
         """Add a stretch that has just been decoded, and measure the disk."""
         happened = self._cache.counters.since(self._last).total
-        for one in fields(LayerCounters):
-            setattr(self._sum, one.name, getattr(self._sum, one.name) + getattr(happened, one.name))
         self._tokens += tokens
         limit = self._cache.disk_bandwidth(EXPERTS_PER_READ * self._plan.weights.expert)
         self._limits.append(limit)
@@ -234,7 +231,7 @@ class _Disk:
 
     def figures(self) -> dict[str, Any]:
         """Of all stretches; None for what the disk allows where nothing was read."""
-        weights = self._plan.weights
+        weights, total = self._plan.weights, self._cache.counters.since(self._first).total
         trace = self._recording.trace()
         same = replay(
             trace.topk_ids,
@@ -245,13 +242,13 @@ class _Disk:
             skip=self._skip,
         )
         return {
-            "hits": self._sum.hits,
-            "misses": self._sum.misses,
-            "hit_rate": self._sum.hit_rate,
+            "hits": total.hits,
+            "misses": total.misses,
+            "hit_rate": total.hit_rate,
             "replay_hits": same.hits,
             "replay_hit_rate": same.hit_rate,
-            "bytes_read_per_token": round(self._sum.nbytes / self._tokens),
-            "wait_seconds_per_token": self._sum.wait_seconds / self._tokens,
+            "bytes_read_per_token": round(total.nbytes / self._tokens),
+            "wait_seconds_per_token": total.wait_seconds / self._tokens,
             "disk_limit_gbs": statistics.median(self._limits) / 1e9,
             "disk_burst_gbs": statistics.median(self._bursts) / 1e9,
             "allowed_by_disk_tok_s": _median(self._allowed),

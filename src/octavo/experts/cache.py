@@ -8,6 +8,7 @@ through the layers that miss none. Pinned experts are all head. Nothing in here 
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import random
@@ -180,16 +181,15 @@ class ExpertCache:
     ) -> None:
         self.placement, self._verify = placement, verify
         self._heads, self._tails, self.n_slots = _share_out(experts, placement)
-        slot_nbytes = max((tail.layout.nbytes for tail in self._tails.values()), default=0)
-        self.tail_nbytes = slot_nbytes
-        self.nbytes = sum(head.layout.nbytes for head in self._heads.values()) + self.n_slots * slot_nbytes
+        self.tail_nbytes = max((tail.layout.nbytes for tail in self._tails.values()), default=0)
+        self.nbytes = sum(head.layout.nbytes for head in self._heads.values()) + self.n_slots * self.tail_nbytes
         self._memory = _Memory(self.nbytes)
         address = self._memory.address
         self._head_at: dict[Key, int] = {}
         for key, head in self._heads.items():
             self._head_at[key] = address
             address += head.layout.nbytes
-        self._free = [_Slot(address + i * slot_nbytes) for i in reversed(range(self.n_slots))]
+        self._free = [_Slot(address + i * self.tail_nbytes) for i in reversed(range(self.n_slots))]
         self._used: OrderedDict[Key, _Slot] = OrderedDict()  # longest ago first
         self._head_reads: dict[Key, Read | None] = {}  # None: read, and as it should be
         self._verified: set[Key] = set()
@@ -307,7 +307,7 @@ class ExpertCache:
         heads = [key for key, read in self._head_reads.items() if read is None]
         there = [(self._heads[key].layout, self._head_at[key]) for key in heads]
         there += [(self._tails[key].layout, slot.address) for key, slot in self._used.items() if slot.read is None]
-        most = max((tail.layout.nbytes for tail in self._tails.values()), default=0) or PIECE
+        most = self.tail_nbytes or PIECE
         there = [one for one in there if 2 * one[0].nbytes >= most] or there
         random.shuffle(there)
         reads, done, started = [], 0, time.perf_counter()
@@ -474,6 +474,4 @@ def _too_few(placement: Placement, largest: int, n_pinned: int, nbytes: int) -> 
 
 
 def _view(piece: Piece) -> memoryview:
-    import ctypes
-
     return memoryview((ctypes.c_char * piece.nbytes).from_address(piece.address)) if piece.nbytes else memoryview(b"")
