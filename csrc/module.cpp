@@ -107,6 +107,10 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release unlocked;
         touch(reinterpret_cast<uint8_t*>(begin), nbytes);
     });
+    m.def("populate", [](uintptr_t begin, int64_t nbytes) {
+        nb::gil_scoped_release unlocked;
+        return populate(reinterpret_cast<uint8_t*>(begin), nbytes);
+    });
 
     m.def("linear", [](bool x_bf16, uintptr_t x, int64_t T, const Matrix& w, bool y_bf16, uintptr_t y) {
         nb::gil_scoped_release unlocked;

@@ -4,6 +4,7 @@
 #include "pool.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -58,6 +59,16 @@ void touch(uint8_t* begin, int64_t nbytes) {
         const int64_t end = std::min(nbytes, (task + 1) * kTouched);
         for (int64_t at = task * kTouched; at < end; at += kPage) *static_cast<volatile uint8_t*>(begin + at) = 0;
     });
+}
+
+bool populate(uint8_t* begin, int64_t nbytes) {
+#if defined(__linux__)
+    constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers lack
+    return madvise(begin, size_t(nbytes), kPopulateWrite) == 0;
+#else
+    (void)begin, (void)nbytes;
+    return false;
+#endif
 }
 
 double waited() { return waiting.seconds(); }

@@ -77,6 +77,9 @@ class Reader {
 // midst of somebody's products, for whose threads there would be too few cores.
 void touch(uint8_t* begin, int64_t nbytes);
 
+// The same by the calling thread alone, leaving what is in it; false where the system cannot (before Linux 5.14).
+bool populate(uint8_t* begin, int64_t nbytes);
+
 // Seconds in which some thread of a kernel waited for a read.
 double waited();
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +24,11 @@ from octavo.engine import Engine
 from octavo.errors import CheckpointError, OptionError
 from octavo.experts import ExpertCache, StreamedExperts
 from octavo.experts.cache import Stored
+from octavo.experts.memory import Memory
 from octavo.experts.prefetch import STRETCHES, TOKENS, Ahead, Prefetch
+from octavo.kernels.ops import compiled
 from octavo.load import build_model
+from octavo.machine import resident_memory
 from octavo.model import Mixtral
 from octavo.plan import Placement
 from octavo.sampling import SamplingParams
@@ -288,6 +293,22 @@ def test_what_was_read_ahead_in_vain_makes_room(opened: Any) -> None:
     assert cache.prefetch((0, 3))
     assert not cache.holds((1, 0))
     assert cache.holds((1, 1))
+
+
+def test_memory_is_taken_before_it_is_needed_and_keeps_what_is_in_it() -> None:
+    before, nbytes = resident_memory(), 64 << 20
+    memory = Memory(nbytes)
+    first = ctypes.c_uint8.from_address(memory.address + 12345)
+    first.value = 7
+    if not before or not compiled().populate(memory.address, 4096):
+        memory.close()
+        pytest.skip("the system does not take memory ahead, or does not tell what was taken")
+    deadline = time.monotonic() + 20
+    while resident_memory() - before < 0.9 * nbytes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert resident_memory() - before >= 0.9 * nbytes
+    memory.close()
+    assert first.value == 7
 
 
 def test_measuring_the_disk_changes_nothing(opened: Any, files: list[MappedFile]) -> None:

@@ -9,7 +9,6 @@ through the layers that miss none. Pinned experts are all head. Nothing in here 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import random
 import time
@@ -18,11 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-import torch
-
 from octavo.errors import CheckpointError, OptionError
+from octavo.experts.memory import Memory
 from octavo.experts.reader import Layout, Read, Reader, pages
-from octavo.machine import check_room
 from octavo.plan import PASSING, Placement
 from octavo.storage.files import Place
 
@@ -183,7 +180,7 @@ class ExpertCache:
         self._heads, self._tails, self.n_slots = _share_out(experts, placement)
         self.tail_nbytes = max((tail.layout.nbytes for tail in self._tails.values()), default=0)
         self.nbytes = sum(head.layout.nbytes for head in self._heads.values()) + self.n_slots * self.tail_nbytes
-        self._memory = _Memory(self.nbytes)
+        self._memory = Memory(self.nbytes)
         address = self._memory.address
         self._head_at: dict[Key, int] = {}
         for key, head in self._heads.items():
@@ -325,14 +322,14 @@ class ExpertCache:
     def close(self) -> None:
         """Wait for running reads; nothing can be asked for afterwards."""
         self._reader.close()
+        self._memory.close()
 
     # ---------------------------------------- reading
 
     def _read_head(self, key: Key) -> None:
         if key not in self._head_reads:
             head = self._heads[key]
-            check_room(head.layout.nbytes)
-            self._reader.take_memory(self._head_at[key], head.layout.nbytes)
+            self._memory.take(self._head_at[key], head.layout.nbytes)
             read = self._reader.start(head.layout, self._head_at[key]) if head.nbytes else None
             self._head_reads[key] = read
             self._layers[key[0]].nbytes += head.layout.nbytes
@@ -414,17 +411,6 @@ class ExpertCache:
                 "this process was forked from the one that loaded the model, whose threads read the experts",
                 hint="load the model in the process that uses it",
             )
-
-
-class _Memory:
-    """Anonymous memory, which is taken as it is written to."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._mapping = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer entries of page tables for direct reads to look up
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
-        self._whole = torch.frombuffer(self._mapping, dtype=torch.uint8)
-        self.address = self._whole.data_ptr()
 
 
 def _share_out(
