@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -85,6 +85,18 @@ class NoCache:
         return k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
 
 
+class SavedRow(NamedTuple):
+    """Keys and values of one sequence, outside any cache."""
+
+    k_LHSK: Tensor
+    v_LHSK: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.k_LHSK.nbytes + self.v_LHSK.nbytes
+
+
 class KVCache:
     """A cache that grows by doubling, up to the model's context; rows too take memory only once they are used.
 
@@ -128,6 +140,12 @@ class KVCache:
         """Bytes of keys and values."""
         return 2 * self.k_LBHSK.numel() * self.k_LBHSK.element_size()
 
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        layers, _, heads, _, numbers = self.k_LBHSK.shape
+        return 2 * layers * heads * numbers * self.k_LBHSK.element_size()
+
     def rows(self, start: int, stop: int) -> RowView:
         """Return a view of rows start..stop-1, which a forward takes for its cache."""
         self._reserve(rows=stop)
@@ -166,6 +184,26 @@ class KVCache:
         self.positions_BS[target] = self.positions_BS[source]
         self.lengths[target] = self.lengths[source]
         self.padded[target] = self.padded[source]
+
+    def save_row(self, row: int) -> SavedRow:
+        """Copy what a row holds, which must be all that it has seen.
+
+        Raises:
+            ValueError: the first of it was overwritten since, or pads are among it.
+        """
+        n = self.lengths[row]
+        if n > self.capacity or self.padded[row]:
+            raise ValueError(f"row {row} does not hold all of its {n} tokens")
+        return SavedRow(self.k_LBHSK[:, row, :, :n].clone(), self.v_LBHSK[:, row, :, :n].clone())
+
+    def restore_row(self, row: int, saved: SavedRow, n: int) -> None:
+        """Overwrite a row with the first n tokens of what `save_row` returned."""
+        self.reset_row(row)
+        self._reserve(slots=n)
+        self.k_LBHSK[:, row, :, :n] = saved.k_LHSK[:, :, :n]
+        self.v_LBHSK[:, row, :, :n] = saved.v_LHSK[:, :, :n]
+        self.positions_BS[row, :n] = torch.arange(n, device=self.positions_BS.device)
+        self.lengths[row] = n
 
     def _reserve(self, rows: int = 0, slots: int = 0) -> None:
         """Make room for so many rows of so many slots."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from octavo.engine import Event
+from octavo.engine import Constraint, Event, PromptLogprobs
 from octavo.experts import CacheCounters
 from octavo.sampling import SamplingParams, TokenLogprobs
 from octavo.tokenizer import Tokenizer
@@ -22,10 +22,15 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens read and written; with several replies, those of all of them, the prompt once."""
+    """Tokens read and written; with several replies, those of all of them, the prompt once.
+
+    Attributes:
+        cached_tokens: of the prompt, those whose keys and values were there already.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -161,6 +166,27 @@ class Chunk:
     timings: Timings | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A prompt that was checked and encoded, and what is asked of the replies.
+
+    Attributes:
+        ids: the prompt.
+        params: how to sample and when to stop.
+        stop_ids: that end a reply, besides those in `params`.
+        mid_text: the reply goes on where the prompt's text ends; else it is a turn of its own.
+        constraint: makes what each reply may consist of.
+        prompt_logprobs: report those of the prompt, and of the k likeliest tokens in each place.
+    """
+
+    ids: list[int]
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    mid_text: bool
+    constraint: Callable[[], Constraint] | None = None
+    prompt_logprobs: int | None = None
+
+
 class StopStrings:
     """Cuts a text that comes in pieces where the first of some strings begins.
 
@@ -226,6 +252,8 @@ class Reply:
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
+        self.prompt_logprobs: PromptLogprobs | None = None
+        self.cached_tokens = 0
         self.prefill_seconds = 0.0
         self.first_at: float | None = None
         self.last_at: float | None = None
@@ -237,6 +265,7 @@ class Reply:
             return
         if self.first_at is None:
             self.first_at, self.prefill_seconds = now, event.prefill_seconds
+            self.cached_tokens, self.prompt_logprobs = event.cached_tokens, event.prompt_logprobs
         self.last_at = now
         self.token_ids.append(event.token_id)
         if self.logprobs is not None and event.logprobs is not None:
@@ -289,7 +318,9 @@ class Request:
                 raise reply.error
 
     def usage(self) -> Usage:
-        return Usage(self.prompt_tokens, sum(len(reply.token_ids) for reply in self.replies.values()))
+        replies = self.replies.values()
+        cached = max((reply.cached_tokens for reply in replies), default=0)
+        return Usage(self.prompt_tokens, sum(len(reply.token_ids) for reply in replies), cached)
 
     def timings(self) -> Timings:
         replies = self.replies.values()

@@ -13,8 +13,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +27,19 @@ from octavo.kernels.modules import uses_kernels
 from octavo.machine import check_room
 from octavo.model import Mixtral
 from octavo.plan import CHUNK, kv_cache_bytes
-from octavo.sampling import History, SamplingParams, TokenLogprobs, make_generator, sample, token_logprobs
+from octavo.prefix import PrefixCache
+from octavo.sampling import (
+    History,
+    SamplingParams,
+    TokenLogprobs,
+    make_generator,
+    sample,
+    token_logprobs,
+    tokens_logprobs,
+)
 
 FinishReason = Literal["stop", "length", "error"]
+PromptLogprobs = tuple[TokenLogprobs | None, ...]
 
 
 class Event(NamedTuple):
@@ -43,6 +53,8 @@ class Event(NamedTuple):
             the context is full; "error" where `error` says what went wrong. No event follows a finish.
         error: the exception that ended this sequence and no other one's.
         prefill_seconds: with a sequence's first token, the time spent on its prompt.
+        cached_tokens: with the first token, how many of the prompt's had been computed for others before.
+        prompt_logprobs: with the first token, where asked for: of each token of the prompt, None for the first.
     """
 
     seq_id: int
@@ -51,6 +63,20 @@ class Event(NamedTuple):
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     prefill_seconds: float = 0.0
+    cached_tokens: int = 0
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+class Constraint(Protocol):
+    """What a reply may consist of, such as JSON; one for each sequence."""
+
+    def allowed(self) -> Tensor | None:
+        """Return bool [V] on the CPU, the tokens that may come next, one at least; None for all."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Go on with this token, which was allowed."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -64,10 +90,14 @@ class _Sequence:
     limit: int  # new tokens at most
     generator: torch.Generator
     history: History | None
+    constraint: Constraint | None
+    wants_prompt: int | None  # log-probabilities of the prompt, and so many of the likeliest tokens'
+    generated: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     n_prefilled: int = 0
-    n_generated: int = 0
-    last_id: int = -1
+    n_cached: int = 0
     prefill_seconds: float = 0.0
+    failed: bool = False
     over: bool = False  # finished, failed or cancelled: its row is free at the next compaction
 
 
@@ -80,11 +110,14 @@ class Engine:
         prefill_chunk: at most so many prompt tokens are read between two decode steps, so that a long prompt
             does not hold up the others.
         context: tokens of a sequence, prompt and reply together, where they are fewer than the model's.
+        prefix_bytes: of keys and values that are kept of sequences that are over, for prompts that begin like these.
         whole_cache: make the key-value cache once, as large as it can become (`octavo.plan.kv_cache_bytes`); one that
             grows needs room for two at a time.
 
     Attributes:
         context: tokens of a sequence.
+        computing: sequences, and how many tokens of each, of the forward that is running: what a hook on a module sees,
+            row after row.
 
     Not thread-safe: one thread calls `add`, `step` and `cancel`.
     """
@@ -96,6 +129,7 @@ class Engine:
         max_batch_size: int = 8,
         prefill_chunk: int = CHUNK,
         context: int | None = None,
+        prefix_bytes: int = 0,
         whole_cache: bool = False,
     ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("prefill_chunk", prefill_chunk)):
@@ -110,6 +144,8 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self._torch_threads = torch_on_one_thread if uses_kernels(model) else nullcontext
         self._cache: KVCache | None = None
+        self._prefixes = PrefixCache(prefix_bytes)
+        self.computing: tuple[tuple[int, int], ...] = ()
         self._live: dict[int, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()
         self._prefilling: _Sequence | None = None
@@ -123,6 +159,21 @@ class Engine:
         """Whether `step` has anything to do or to tell."""
         return bool(self._live or self._outbox)
 
+    @property
+    def n_running(self) -> int:
+        """Sequences that have a row of the cache."""
+        return len(self._live) - len(self._waiting)
+
+    @property
+    def n_waiting(self) -> int:
+        """Sequences that wait for one."""
+        return len(self._waiting)
+
+    @property
+    def prefix_nbytes(self) -> int:
+        """Bytes of keys and values that are kept of sequences that are over."""
+        return self._prefixes.nbytes
+
     def add(
         self,
         ids: Sequence[int],
@@ -130,6 +181,8 @@ class Engine:
         *,
         stop_ids: Iterable[int] = (),
         index: int = 0,
+        constraint: Constraint | None = None,
+        prompt_logprobs: int | None = None,
     ) -> int:
         """Queue a prompt.
 
@@ -140,6 +193,9 @@ class Engine:
             stop_ids: ids that end the sequence, besides those in `params`.
             index: which of several replies to the same prompt this is; its seed is `params.seed + index`.
                 Replies queued one after another share one prefill.
+            constraint: what the reply may consist of.
+            prompt_logprobs: report the prompt's own log-probabilities, and the k likeliest tokens'; see
+                `SamplingParams.logprobs`.
 
         Returns:
             The sequence's id, in every event about it.
@@ -149,7 +205,7 @@ class Engine:
             OptionError: `params.logit_bias` names an id that is not the model's.
         """
         prompt = tuple(int(i) for i in ids)
-        self._check(prompt, params)
+        self.check(prompt, params)
         room = self.context - len(prompt)
         sequence = _Sequence(
             id=self._next_id,
@@ -159,6 +215,8 @@ class Engine:
             limit=room if params.max_tokens is None else min(params.max_tokens, room),
             generator=make_generator(params.seed, index),
             history=History(prompt, self.model.args.vocab_size) if params.penalizes else None,
+            constraint=constraint,
+            wants_prompt=prompt_logprobs,
         )
         self._next_id += 1
         self._live[sequence.id] = sequence
@@ -205,7 +263,12 @@ class Engine:
         events, self._outbox = self._outbox, []
         return events
 
-    def _check(self, prompt: tuple[int, ...], params: SamplingParams) -> None:
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """See whether `add` would take a prompt; from any thread.
+
+        Raises:
+            UserError: what `add` raises.
+        """
         args = self.model.args
         if not prompt:
             raise PromptError("the prompt is empty", "give at least one token, such as the beginning-of-text id")
@@ -235,40 +298,58 @@ class Engine:
     # ---------------------------------------- inside a step
 
     def _prefill(self) -> None:
-        """Read the next chunk of the prompt in hand; at its end, choose the first token."""
-        sequence = self._prefilling or self._admit()
-        if sequence is None:
-            return
-        row = len(self._running)
-        chunk = sequence.prompt[sequence.n_prefilled : sequence.n_prefilled + self.prefill_chunk]
+        """Read the next chunk of the prompt in hand, and of others while they are short."""
+        left = self.prefill_chunk
+        while left > 0 and (sequence := self._prefilling or self._admit()) is not None:
+            left -= self._read_prompt(sequence, left)
+
+    def _read_prompt(self, sequence: _Sequence, most: int) -> int:
+        """Read so many tokens of a prompt at most; at its end, choose the first token. Returns how many were read."""
+        row, start = len(self._running), sequence.n_prefilled
+        chunk = sequence.prompt[start : start + most]
         started = time.perf_counter()
-        logits_BV = self._forward([chunk], row)
+        logits_1TV = self._forward([sequence], [chunk], row, last_only=sequence.wants_prompt is None)
         sequence.prefill_seconds += time.perf_counter() - started
         sequence.n_prefilled += len(chunk)
-        if sequence.n_prefilled < len(sequence.prompt):
-            return
-        self._prefilling = None
-        self._running.append(sequence)
-        # Rows are copied before anything is chosen: the first token may already be the last.
-        for one in (sequence, *self._share_prefill(sequence, row)):
-            self._choose(one, logits_BV[0])
+        if sequence.wants_prompt is not None:
+            following = sequence.prompt[start + 1 : sequence.n_prefilled + 1]
+            rows = logits_1TV[0, : len(following)]
+            sequence.prompt_logprobs += tokens_logprobs(rows, following, sequence.wants_prompt)
+        if sequence.n_prefilled == len(sequence.prompt):
+            self._prefilling = None
+            self._running.append(sequence)
+            # Rows are copied before anything is chosen: the first token may already be the last.
+            for one in (sequence, *self._share_prefill(sequence, row)):
+                self._choose(one, logits_1TV[0, -1])
+        return len(chunk)
 
     def _admit(self) -> _Sequence | None:
         """Give the longest waiting sequence the row behind the running ones, if there is one."""
         if not self._waiting or len(self._running) >= self.max_batch_size:
             return None
-        self._prefilling = self._waiting.popleft()
-        self._rows.reset_row(len(self._running))
-        return self._prefilling
+        self._prefilling = sequence = self._waiting.popleft()
+        row = len(self._running)
+        match = None if sequence.wants_prompt is not None else self._prefixes.find(sequence.prompt)
+        if match is None:
+            self._rows.reset_row(row)
+        else:
+            self._rows.restore_row(row, match.saved, match.length)
+            sequence.n_prefilled = sequence.n_cached = match.length
+        return sequence
 
     def _share_prefill(self, sequence: _Sequence, row: int) -> list[_Sequence]:
         """Start those next in line that have the same prompt from a copy of its row."""
         twins: list[_Sequence] = []
-        while self._waiting and self._waiting[0].prompt == sequence.prompt and len(self._running) < self.max_batch_size:
+        while (
+            self._waiting
+            and (self._waiting[0].prompt, self._waiting[0].wants_prompt) == (sequence.prompt, sequence.wants_prompt)
+            and len(self._running) < self.max_batch_size
+        ):
             twin = self._waiting.popleft()
             self._rows.copy_row(row, len(self._running))
             self._running.append(twin)
-            twin.prefill_seconds = sequence.prefill_seconds
+            twin.prefill_seconds, twin.n_cached = sequence.prefill_seconds, sequence.n_cached
+            twin.prompt_logprobs = sequence.prompt_logprobs
             twins.append(twin)
         return twins
 
@@ -276,41 +357,54 @@ class Engine:
         """One token for each of the first n rows."""
         if n == 0:
             return
-        logits_BV = self._forward([(sequence.last_id,) for sequence in self._running[:n]], 0)
-        for row in range(n):
-            self._choose(self._running[row], logits_BV[row])
+        running = self._running[:n]
+        logits_B1V = self._forward(running, [(sequence.generated[-1],) for sequence in running], 0)
+        for sequence, logits_1V in zip(running, logits_B1V, strict=True):
+            self._choose(sequence, logits_1V[0])
 
-    def _forward(self, ids_BT: Sequence[tuple[int, ...]], row: int) -> Tensor:
-        """Return the last logits `[B, V]`, float32, on the CPU: one transfer a step."""
+    def _forward(
+        self, sequences: Sequence[_Sequence], ids_BT: Sequence[tuple[int, ...]], row: int, *, last_only: bool = True
+    ) -> Tensor:
+        """Return logits `[B, T, V]`, or the last ones `[B, 1, V]`, float32, on the CPU: one transfer a step."""
         ids = torch.tensor(ids_BT, dtype=torch.int64, device=self.model.device)
         cache = self._rows.rows(row, row + len(ids_BT))
-        logits_B1V: Tensor = self.model(ids, cache=cache, last_only=True)
-        return logits_B1V[:, -1].cpu()
+        self.computing = tuple((one.id, len(tokens)) for one, tokens in zip(sequences, ids_BT, strict=True))
+        logits: Tensor = self.model(ids, cache=cache, last_only=last_only)
+        return logits.cpu()
 
     def _choose(self, sequence: _Sequence, logits_V: Tensor) -> None:
         """Draw the sequence's next token and tell it."""
         if sequence.over:  # cancelled while this step ran
             return
-        params = sequence.params
+        params, constraint = sequence.params, sequence.constraint
         try:
-            token_id = sample(logits_V, params, sequence.generator, sequence.history)
+            allowed_V = None if constraint is None else constraint.allowed()
+            possible_V = logits_V if allowed_V is None else logits_V.masked_fill(~allowed_V, -torch.inf)
+            token_id = sample(possible_V, params, sequence.generator, sequence.history)
+            if constraint is not None:
+                constraint.accept(token_id)
             wanted = params.logprobs
             logprobs = None if wanted is None else token_logprobs(logits_V, token_id, wanted)
         except Exception as error:
+            sequence.failed = True
             self._rows.wipe_row(self._running.index(sequence))
             self._tell(sequence, Event(sequence.id, None, finish_reason="error", error=error))
             return
         if sequence.history is not None:
             sequence.history.append(token_id)
-        sequence.last_id = token_id
-        sequence.n_generated += 1
+        sequence.generated.append(token_id)
         reason: FinishReason | None = None
         if token_id in sequence.stop_ids:
             reason = "stop"
-        elif sequence.n_generated >= sequence.limit:
+        elif len(sequence.generated) >= sequence.limit:
             reason = "length"
-        seconds = sequence.prefill_seconds if sequence.n_generated == 1 else 0.0
-        self._tell(sequence, Event(sequence.id, token_id, logprobs, reason, prefill_seconds=seconds))
+        event = Event(sequence.id, token_id, logprobs, reason)
+        if len(sequence.generated) == 1:
+            of_prompt = None if sequence.wants_prompt is None else tuple(sequence.prompt_logprobs)
+            event = event._replace(
+                prefill_seconds=sequence.prefill_seconds, cached_tokens=sequence.n_cached, prompt_logprobs=of_prompt
+            )
+        self._tell(sequence, event)
 
     def _tell(self, sequence: _Sequence, event: Event) -> None:
         self._outbox.append(event)
@@ -320,6 +414,9 @@ class Engine:
 
     def _compact(self) -> None:
         """Close the gaps that finished sequences left, by moving rows from the end into them."""
+        for row, sequence in enumerate(self._running):
+            if sequence.over:
+                self._save(sequence, row)
         n_before = len(self._running)
         keep = sum(not sequence.over for sequence in self._running)
         gaps = [row for row in range(keep) if self._running[row].over]
@@ -332,6 +429,13 @@ class Engine:
             self._prefilling = None
         if self._prefilling is not None and keep < n_before:
             self._rows.copy_row(n_before, keep)
+
+    def _save(self, sequence: _Sequence, row: int) -> None:
+        """Keep a sequence's keys and values for prompts that begin like it: those of all tokens but the last."""
+        rows, ids = self._rows, (*sequence.prompt, *sequence.generated)
+        n = rows.lengths[row]
+        if n <= rows.capacity and self._prefixes.wants(ids[:n], n * rows.token_nbytes) and not sequence.failed:
+            self._prefixes.add(ids[:n], rows.save_row(row))
 
     @property
     def _rows(self) -> KVCache:

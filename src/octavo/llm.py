@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import numbers
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard, overload
@@ -16,21 +16,22 @@ import torch
 from octavo.budget import plan_checkpoint
 from octavo.chat import ChatTemplate, Message, Persona, template_for
 from octavo.checkpoint import open_checkpoint
-from octavo.completion import Chunk, Completion, Reply, Request
-from octavo.engine import Engine, with_context
+from octavo.completion import Chunk, Completion, Prepared, Reply, Request
+from octavo.engine import Constraint, Engine, with_context
 from octavo.errors import CheckpointError, HubError, OptionError, PromptError, TokenizerError
 from octavo.experts import CacheCounters, StreamedExperts, placement_from_trace
 from octavo.hub import REPO_ID, snapshot
 from octavo.kernels.modules import uses_kernels
 from octavo.load import build_model
 from octavo.model import Mixtral
-from octavo.plan import MemoryPlan
+from octavo.plan import MemoryPlan, parse_size
 from octavo.sampling import SamplingParams
 from octavo.tokenizer import Tokenizer
 
 __all__ = ["LLM", "Chunk", "Completion", "Conversation", "Prompt", "Stream", "find_model", "shipped_model"]
 
 SHIPPED = "menny"
+PREFIX_BYTES = 256 << 20
 MAX_BATCH_SIZE = 8  # without a budget; within one it is 1, for every sequence's keys and values have their place in it
 Prompt = str | Sequence[int]
 Conversation = Sequence[Message | Mapping[str, str]]
@@ -55,7 +56,7 @@ class Stream(Iterator[Chunk]):
         reply = self._reply
         try:
             while len(reply.text) == self._shown_text and reply.finish_reason is None:
-                self._llm._step()
+                self._llm.step()
             self._request.raise_error()
         except BaseException:
             self.close()
@@ -73,7 +74,7 @@ class Stream(Iterator[Chunk]):
         """Stop generating. Nothing happens if the reply is finished or closed already."""
         if self._open:
             self._open = False
-            self._llm._drop([self._request])
+            self._llm.cancel(self._request)
 
     @property
     def result(self) -> Completion:
@@ -109,6 +110,7 @@ class LLM:
         max_batch_size: sequences generated at a time; more wait.
         context: tokens of a sequence, where they are fewer than the model's.
         plan: what the model was placed by; `max_batch_size` and `context` are then the plan's.
+        prefix_bytes: see `load`.
 
     Attributes:
         plan: how the model runs within a budget; None where it was loaded without one.
@@ -123,6 +125,7 @@ class LLM:
         max_batch_size: int = MAX_BATCH_SIZE,
         context: int | None = None,
         plan: MemoryPlan | None = None,
+        prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -131,7 +134,13 @@ class LLM:
         self.plan = plan
         if plan is not None:
             max_batch_size, context = plan.batch, plan.context
-        self.engine = Engine(model, max_batch_size=max_batch_size, context=context, whole_cache=plan is not None)
+        self.engine = Engine(
+            model,
+            max_batch_size=max_batch_size,
+            context=context,
+            prefix_bytes=prefix_bytes,
+            whole_cache=plan is not None,
+        )
         streamed = next((module for module in model.modules() if isinstance(module, StreamedExperts)), None)
         self._expert_cache = None if streamed is None else streamed.cache
         self._prefetch = None if streamed is None else streamed.prefetch
@@ -151,6 +160,7 @@ class LLM:
         context: int | None = None,
         trace: str | Path | None = None,
         prefetch: bool = False,
+        prefix_bytes: int | None = None,
     ) -> LLM:
         """Load a model from where `find_model` finds it.
 
@@ -176,6 +186,8 @@ class LLM:
                 most used ones stay in memory whole. Needs `memory`; of no use where every expert fits, as `plan`
                 tells.
             prefetch: read ahead what the next layer's router would choose now. As `trace`.
+            prefix_bytes: keep so many bytes of keys and values of sequences that are over, for prompts that begin like
+                these; by default 256 MiB, and none with `memory`, of which they are a part.
 
         Raises:
             OptionError: `memory` is too little for this model, and the hint the smallest that works; or the options do
@@ -190,6 +202,9 @@ class LLM:
             )
         if max_batch_size is not None and max_batch_size < 1:
             raise OptionError(f"max_batch_size is {max_batch_size}; expected an integer of at least 1")
+        if prefix_bytes is not None and prefix_bytes < 0:
+            raise OptionError(f"prefix_bytes is {prefix_bytes}; expected an integer of at least 0")
+        prefixes = prefix_bytes if prefix_bytes is not None else PREFIX_BYTES if memory is None else 0
         path = find_model(source, revision)
         checkpoint = open_checkpoint(path)
         if dtype is None and source == SHIPPED:
@@ -197,8 +212,11 @@ class LLM:
         plan = None
         if memory is not None:
             batch, device = max_batch_size or 1, device or "cpu"
+            budget = parse_size(str(memory)) - prefixes
+            if budget <= 0:
+                raise OptionError(f"memory is {memory}, of which prefix_bytes leave nothing", hint="give more memory")
             plan = plan_checkpoint(
-                checkpoint, memory, dtype=dtype, device=device, bits=bits, context=context, batch=batch
+                checkpoint, budget, dtype=dtype, device=device, bits=bits, context=context, batch=batch
             )
             if plan.placement is not None:
                 placement = plan.placement
@@ -213,7 +231,9 @@ class LLM:
         placed = None if plan is None else plan.placement
         model = build_model(checkpoint, dtype=dtype, device=device, bits=bits, kernels=True, placement=placed)
         batch = MAX_BATCH_SIZE if max_batch_size is None else max_batch_size
-        return cls(model, tokenizer, eos_ids=eos_ids, max_batch_size=batch, context=context, plan=plan)
+        return cls(
+            model, tokenizer, eos_ids=eos_ids, max_batch_size=batch, context=context, plan=plan, prefix_bytes=prefixes
+        )
 
     @property
     def context(self) -> int:
@@ -289,17 +309,10 @@ class LLM:
         Raises:
             UserError: what `generate` or `chat` raise; `n` other than 1; a persona without messages.
         """
-        if isinstance(prompt, str) or _is_ids(prompt):
-            if persona is not None:
-                raise PromptError("a persona belongs to a conversation", "give messages, not text or ids")
-            params = SamplingParams.from_options(options, params)
-            ids, stop_ids, mid_text = self._encode(prompt), self.eos_ids, True
-        else:
-            ids, params, stop_ids = self._conversation(prompt, params, persona, options)  # type: ignore[arg-type]
-            mid_text = False
-        if params.n != 1:
-            raise OptionError(f"n is {params.n}; a stream gives one reply", "use generate or chat for several")
-        return Stream(self, self._submit(ids, params, stop_ids, mid_text=mid_text))
+        prepared = self.prepare(prompt, params, persona=persona, **options)
+        if prepared.params.n != 1:
+            raise OptionError(f"n is {prepared.params.n}; a stream gives one reply", "use generate or chat for several")
+        return Stream(self, self.submit(prepared))
 
     def chat(
         self,
@@ -324,7 +337,89 @@ class LLM:
             TokenizerError: the model has no tokenizer.
         """
         ids, params, stop_ids = self._conversation(messages, params, persona, options)
-        return self._finish([self._submit(ids, params, stop_ids, mid_text=False)])[0]
+        return self._finish([self.submit(self._checked(Prepared(ids, params, stop_ids, mid_text=False)))])[0]
+
+    # ---------------------------------------- for those who serve many
+
+    def prepare(
+        self,
+        prompt: Prompt | Conversation,
+        params: SamplingParams | None = None,
+        *,
+        persona: Persona | str | Path | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        constraint: Callable[[], Constraint] | None = None,
+        prompt_logprobs: int | None = None,
+        **options: Any,
+    ) -> Prepared:
+        """Check and encode text, token ids or a conversation; from any thread, while others generate.
+
+        Args:
+            prompt: as `stream` takes it.
+            params: how to sample and when to stop.
+            persona: as for `chat`.
+            tools: that the model may call, as the OpenAI API has them; for templates that know of tools.
+            constraint: makes what each reply may consist of, such as `octavo.grammar.Grammar.json_object()`.
+            prompt_logprobs: report the prompt's own log-probabilities, and the k likeliest tokens'.
+            options: fields of `SamplingParams`, over `params`.
+
+        Raises:
+            UserError: what `stream` raises.
+        """
+        if isinstance(prompt, str) or _is_ids(prompt):
+            if persona is not None or tools is not None:
+                what = "a persona belongs" if persona is not None else "tools belong"
+                raise PromptError(f"{what} to a conversation", "give messages, not text or ids")
+            params = SamplingParams.from_options(options, params)
+            ids, stop_ids, mid_text = self._encode(prompt), self.eos_ids, True
+        else:
+            ids, params, stop_ids = self._conversation(prompt, params, persona, options, tools)  # type: ignore[arg-type]
+            mid_text = False
+        return self._checked(Prepared(ids, params, stop_ids, mid_text, constraint, prompt_logprobs))
+
+    def submit(self, prepared: Prepared) -> Request:
+        """Queue what `prepare` made; `step` generates. This, `step` and `cancel` are for one thread."""
+        params = prepared.params
+        request = Request(len(prepared.ids), self.experts)
+        try:
+            for index in range(params.n):
+                reply = Reply(self.tokenizer, params, mid_text=prepared.mid_text)
+                seq_id = self.engine.add(
+                    prepared.ids,
+                    params,
+                    stop_ids=prepared.stop_ids,
+                    index=index,
+                    constraint=None if prepared.constraint is None else prepared.constraint(),
+                    prompt_logprobs=prepared.prompt_logprobs,
+                )
+                request.replies[seq_id], self._requests[seq_id] = reply, request
+        except BaseException:
+            self.cancel(request)
+            raise
+        return request
+
+    def step(self) -> None:
+        """One step of the engine, for everyone: each event goes to its reply."""
+        if not self.engine.has_work:
+            raise RuntimeError("a reply is waited for, but the engine has nothing to do")
+        events, now = self.engine.step(), time.perf_counter()
+        for event in events:
+            request = self._requests.get(event.seq_id)
+            if request is None:
+                continue
+            reply = request.replies[event.seq_id]
+            reply.take(event, now)
+            if reply.finish_reason is not None:
+                request.count()
+                del self._requests[event.seq_id]
+                self.engine.cancel(event.seq_id)  # a stop string ends what the engine would go on with
+
+    def cancel(self, request: Request) -> None:
+        """Stop what of a request is still under way."""
+        for seq_id in request.replies:
+            self.engine.cancel(seq_id)
+            if self._requests.pop(seq_id, None) is not None:
+                request.count()
 
     # ---------------------------------------- from text to sequences
 
@@ -352,6 +447,7 @@ class LLM:
         params: SamplingParams | None,
         persona: Persona | str | Path | None,
         options: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[list[int], SamplingParams, frozenset[int]]:
         """Prompt ids, parameters and stop ids of a conversation."""
         if isinstance(messages, str) or not isinstance(messages, Sequence):
@@ -364,22 +460,14 @@ class LLM:
             if persona.system and not any(turn.role == "system" for turn in turns):
                 turns.insert(0, Message("system", persona.system))
         params = SamplingParams.from_options(options, params)
-        return self.template.render(turns), params, self.eos_ids | frozenset(self.template.stop_ids)
+        ids = self.template.render(turns) if tools is None else self.template.render(turns, tools)
+        return ids, params, self.eos_ids | frozenset(self.template.stop_ids)
 
-    def _submit(self, ids: list[int], params: SamplingParams, stop_ids: Iterable[int], *, mid_text: bool) -> Request:
-        """Queue n sequences for one prompt."""
-        if params.stop:
+    def _checked(self, prepared: Prepared) -> Prepared:
+        if prepared.params.stop:
             self._need_tokenizer("a stop string")
-        request = Request(len(ids), self.experts)
-        try:
-            for index in range(params.n):
-                reply = Reply(self.tokenizer, params, mid_text=mid_text)
-                seq_id = self.engine.add(ids, params, stop_ids=stop_ids, index=index)
-                request.replies[seq_id], self._requests[seq_id] = reply, request
-        except BaseException:
-            self._drop([request])
-            raise
-        return request
+        self.engine.check(prepared.ids, prepared.params)
+        return prepared
 
     # ---------------------------------------- from sequences to text
 
@@ -388,10 +476,11 @@ class LLM:
         requests: list[Request] = []
         try:
             for prompt in prompts:
-                ids = self._encode(prompt)
-                requests.append(self._submit(ids, params, self.eos_ids, mid_text=True))
+                prepared = Prepared(self._encode(prompt), params, self.eos_ids, mid_text=True)
+                requests.append(self.submit(self._checked(prepared)))
         except BaseException as error:
-            self._drop(requests)
+            for request in requests:
+                self.cancel(request)
             if isinstance(error, PromptError) and len(prompts) > 1:
                 which = f"prompt {len(requests) + 1} of {len(prompts)}"
                 raise PromptError(f"{which}: {error.message}", error.hint) from None
@@ -402,36 +491,13 @@ class LLM:
         """Step until all are done."""
         try:
             while not all(request.done for request in requests):
-                self._step()
+                self.step()
         finally:
-            self._drop(requests)
+            for request in requests:
+                self.cancel(request)
         for request in requests:
             request.raise_error()
         return [request.completion() for request in requests]
-
-    def _step(self) -> None:
-        """One step of the engine, for everyone: each event goes to its reply."""
-        if not self.engine.has_work:
-            raise RuntimeError("a reply is waited for, but the engine has nothing to do")
-        events, now = self.engine.step(), time.perf_counter()
-        for event in events:
-            request = self._requests.get(event.seq_id)
-            if request is None:
-                continue
-            reply = request.replies[event.seq_id]
-            reply.take(event, now)
-            if reply.finish_reason is not None:
-                request.count()
-                del self._requests[event.seq_id]
-                self.engine.cancel(event.seq_id)  # a stop string ends what the engine would go on with
-
-    def _drop(self, requests: Iterable[Request]) -> None:
-        """Stop what is still under way."""
-        for request in requests:
-            for seq_id in request.replies:
-                self.engine.cancel(seq_id)
-                if self._requests.pop(seq_id, None) is not None:
-                    request.count()
 
 
 def _is_ids(prompt: object) -> TypeGuard[Sequence[int]]:

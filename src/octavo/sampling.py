@@ -410,13 +410,22 @@ class TokenLogprobs(NamedTuple):
 
 def token_logprobs(logits_V: Tensor, token_id: int, k: int) -> TokenLogprobs:
     """Log-softmax of the model's own logits, untouched by this module: of `token_id` and of the top k."""
-    logprobs_V = logits_V.float().log_softmax(0)
-    top: tuple[tuple[int, float], ...] = ()
-    if k > 0:
-        values, ids = logprobs_V.topk(min(k, logprobs_V.numel()))
-        pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        top = tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
-    return TokenLogprobs(token_id, float(logprobs_V[token_id]), top)
+    (found,) = tokens_logprobs(logits_V[None], [token_id], k)
+    return found
+
+
+def tokens_logprobs(logits_TV: Tensor, token_ids: Sequence[int], k: int) -> list[TokenLogprobs]:
+    """The same for T tokens, each with the logits it was chosen from."""
+    logprobs_TV = logits_TV.float().log_softmax(-1)
+    values_TK, ids_TK = logprobs_TV.topk(min(k, logprobs_TV.shape[-1]))
+    chosen_T = logprobs_TV[torch.arange(len(token_ids)), torch.tensor(token_ids, dtype=torch.int64)]
+    found = []
+    for token_id, logprob, values, ids in zip(
+        token_ids, chosen_T.tolist(), values_TK.tolist(), ids_TK.tolist(), strict=True
+    ):
+        pairs = zip(ids, values, strict=True)
+        found.append(TokenLogprobs(token_id, logprob, tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))))
+    return found
 
 
 def make_generator(seed: int | None, index: int = 0) -> torch.Generator:
