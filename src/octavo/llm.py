@@ -111,6 +111,7 @@ class LLM:
         context: tokens of a sequence, where they are fewer than the model's.
         plan: what the model was placed by; `max_batch_size` and `context` are then the plan's.
         prefix_bytes: see `load`.
+        whole_cache: see `load`; always with a plan.
 
     Attributes:
         plan: how the model runs within a budget; None where it was loaded without one.
@@ -126,6 +127,7 @@ class LLM:
         context: int | None = None,
         plan: MemoryPlan | None = None,
         prefix_bytes: int = PREFIX_BYTES,
+        whole_cache: bool = False,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -139,7 +141,7 @@ class LLM:
             max_batch_size=max_batch_size,
             context=context,
             prefix_bytes=prefix_bytes,
-            whole_cache=plan is not None,
+            whole_cache=whole_cache or plan is not None,
         )
         streamed = next((module for module in model.modules() if isinstance(module, StreamedExperts)), None)
         self._expert_cache = None if streamed is None else streamed.cache
@@ -161,6 +163,7 @@ class LLM:
         trace: str | Path | None = None,
         prefetch: bool = False,
         prefix_bytes: int | None = None,
+        whole_cache: bool = False,
     ) -> LLM:
         """Load a model from where `find_model` finds it.
 
@@ -188,6 +191,8 @@ class LLM:
             prefetch: read ahead what the next layer's router would choose now. As `trace`.
             prefix_bytes: keep so many bytes of keys and values of sequences that are over, for prompts that begin like
                 these; by default 256 MiB, and none with `memory`, of which they are a part.
+            whole_cache: give the key-value cache all its address space at once, so that it never has to be copied to
+                grow; on the CPU memory is still taken as it is used. Refused where so much is not free.
 
         Raises:
             OptionError: `memory` is too little for this model, and the hint the smallest that works; or the options do
@@ -232,7 +237,14 @@ class LLM:
         model = build_model(checkpoint, dtype=dtype, device=device, bits=bits, kernels=True, placement=placed)
         batch = MAX_BATCH_SIZE if max_batch_size is None else max_batch_size
         return cls(
-            model, tokenizer, eos_ids=eos_ids, max_batch_size=batch, context=context, plan=plan, prefix_bytes=prefixes
+            model,
+            tokenizer,
+            eos_ids=eos_ids,
+            max_batch_size=batch,
+            context=context,
+            plan=plan,
+            prefix_bytes=prefixes,
+            whole_cache=whole_cache,
         )
 
     @property
