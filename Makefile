@@ -2,11 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: chat test check format model experiment clean
+.PHONY: chat ui serve test check format model experiment clean
 .DEFAULT_GOAL := chat
 
 chat: .venv/run.stamp
 	@$(BIN)/octavo chat
+
+# The chat page, and the OpenAI-compatible server, both on the shipped model.
+ui: .venv/ui.stamp
+	@$(BIN)/octavo ui
+
+serve: .venv/ui.stamp
+	@$(BIN)/octavo serve --ui
 
 test: check
 	$(BIN)/python -m pytest
@@ -48,9 +55,14 @@ BUILT := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.*)
 	$(BIN)/pip install --quiet -c constraints.txt -e .
 	@touch $@
 
+.venv/ui.stamp: $(BUILT) | $(BIN)/python
+	@echo "setting up .venv for serving (once, some minutes)" >&2
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[ui]'
+	@touch $@ .venv/run.stamp
+
 .venv/test.stamp: $(BUILT) | $(BIN)/python
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
-	@touch $@ .venv/run.stamp
+	@touch $@ .venv/run.stamp .venv/ui.stamp
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -369,9 +369,10 @@ def test_messages_of_other_shapes(every: dict[str, ChatTemplate]) -> None:
 @pytest.mark.parametrize(
     ("message", "says"),
     [
-        ({"role": "tool", "content": "x"}, "role 'tool' is unknown"),
+        ({"role": "narrator", "content": "x"}, "role 'narrator' is unknown"),
+        ({"role": "tool", "content": "x"}, "needs tool_call_id"),
         ({"role": "user"}, "needs the keys"),
-        ({"role": "user", "content": "x", "name": "y"}, "'name'"),
+        ({"role": "user", "content": "x", "nickname": "y"}, "'nickname'"),
         ({"role": "user", "content": ["x"]}, "must be a string, found list"),
         ("Hello", "found str"),
     ],

@@ -369,7 +369,10 @@ class Engine:
         ids = torch.tensor(ids_BT, dtype=torch.int64, device=self.model.device)
         cache = self._rows.rows(row, row + len(ids_BT))
         self.computing = tuple((one.id, len(tokens)) for one, tokens in zip(sequences, ids_BT, strict=True))
-        logits: Tensor = self.model(ids, cache=cache, last_only=last_only)
+        try:
+            logits: Tensor = self.model(ids, cache=cache, last_only=last_only)
+        finally:
+            self.computing = ()
         return logits.cpu()
 
     def _choose(self, sequence: _Sequence, logits_V: Tensor) -> None:

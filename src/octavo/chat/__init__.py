@@ -7,11 +7,22 @@ becomes a control token. Here the ids are put together piece by piece, and a per
 from __future__ import annotations
 
 from octavo.chat.instruct import InstructV1, InstructV3
-from octavo.chat.messages import ChatTemplate, Message, Role
+from octavo.chat.messages import ChatTemplate, Message, Role, ToolCall
 from octavo.chat.persona import Persona
+from octavo.chat.tools import ToolUse
 from octavo.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "InstructV1", "InstructV3", "Message", "Persona", "Role", "template_for"]
+__all__ = [
+    "ChatTemplate",
+    "InstructV1",
+    "InstructV3",
+    "Message",
+    "Persona",
+    "Role",
+    "ToolCall",
+    "ToolUse",
+    "template_for",
+]
 
 
 def template_for(tokenizer: Tokenizer) -> ChatTemplate:

@@ -7,6 +7,7 @@ tokens. (Were the first rendering tokenised as it is, a question that spells `<|
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import itertools
@@ -17,11 +18,13 @@ from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from octavo.chat.messages import ChatTemplate, Message, Role, read_conversation
+from octavo.chat.messages import ChatTemplate, Message, Role, read_conversation, to_json
+from octavo.chat.tools import check_tools
 from octavo.errors import PromptError, TokenizerError
 from octavo.tokenizer import TemplatePart, Tokenizer
 
@@ -38,7 +41,7 @@ class _Part(NamedTuple):
 
 
 class OwnTemplate(ChatTemplate):
-    """The jinja2 template that a checkpoint carries, in a sandbox.
+    """The jinja2 template that a checkpoint carries, in a sandbox. It has tools if it uses the variable `tools`.
 
     Raises:
         TokenizerError: the checkpoint carries none, or it has a syntax error.
@@ -61,6 +64,10 @@ class OwnTemplate(ChatTemplate):
             ) from None
         self._bos = "" if tokenizer.bos_id is None else tokenizer.token_name(tokenizer.bos_id)
         self._eos = "" if tokenizer.eos_id is None else tokenizer.token_name(tokenizer.eos_id)
+        self.has_tools = "tools" in jinja2.meta.find_undeclared_variables(_environment().parse(self._source))
+        # With [ARGS] calls are written otherwise, and that is not read here.
+        if self.has_tools and "[TOOL_CALLS]" in self._source and "[ARGS]" not in self._source:
+            self.tool_calls_id = tokenizer.control_id("[TOOL_CALLS]")
         ends = (tokenizer.eos_id, self._turn_end())
         self.stop_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
 
@@ -72,14 +79,22 @@ class OwnTemplate(ChatTemplate):
             return False
         return text.removeprefix(self._bos) == f"[INST]Ask1[/INST]Say1{self._eos}[INST]Ask2[/INST]"
 
-    def render(self, messages: Sequence[Message | Mapping[str, str]]) -> list[int]:
-        read_conversation(messages, last="user")
-        ids = self._encode(self._parts([Message.of(message) for message in messages], generation=True))
+    def render(
+        self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        ids = self._encode(self._conversation(messages, tools, "user"))
         return self._with_one_bos(ids, [False] * len(ids))[0]
 
-    def render_training(self, messages: Sequence[Message | Mapping[str, str]]) -> tuple[list[int], list[bool]]:
-        read_conversation(messages, last="assistant")
-        parts = self._parts([Message.of(message) for message in messages], generation=False)
+    def render_training(
+        self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], list[bool]]:
+        if any(Message.of(message).tool_calls for message in messages):
+            raise PromptError(
+                "training on tool calls takes Mistral's template v3; who wrote what in the checkpoint's own "
+                "template is not known for calls",
+                "leave conversations with tool calls out, or train without chat_template",
+            )
+        parts = self._conversation(messages, tools, "assistant")
         if all(part.role is None for part in parts):
             where = self._tokenizer.path.parent
             raise TokenizerError(
@@ -95,6 +110,17 @@ class OwnTemplate(ChatTemplate):
             wrote += [replied or (ends and at == 0) for at in range(len(new))]
             ids += new
         return self._with_one_bos(ids, wrote)
+
+    def _conversation(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        last: Role,
+    ) -> list[_Part]:
+        read_conversation(messages, last)
+        turns = [Message.of(message) for message in messages]
+        self.check_has_tools(turns, tools)
+        return self._parts(turns, check_tools(tools) if tools else None, generation=last == "user")
 
     def _encode(self, parts: Iterable[_Part]) -> list[int]:
         return self._tokenizer.encode_template([TemplatePart(part.text, part.role is None) for part in parts])
@@ -119,10 +145,13 @@ class OwnTemplate(ChatTemplate):
             return None
         return first
 
-    def _render_text(self, messages: Sequence[Message], *, generation: bool) -> str:
+    def _render_text(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, *, generation: bool
+    ) -> str:
         try:
             return self._template.render(
-                messages=[{"role": message.role, "content": message.content} for message in messages],
+                messages=[_as_templates_have_it(message) for message in messages],
+                tools=tools,
                 add_generation_prompt=generation,
                 bos_token=self._bos,
                 eos_token=self._eos,
@@ -133,13 +162,22 @@ class OwnTemplate(ChatTemplate):
                 "not every template takes a system message; see chat_template beside the tokenizer",
             ) from None
 
-    def _parts(self, messages: Sequence[Message], *, generation: bool) -> list[_Part]:
+    def _parts(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, *, generation: bool
+    ) -> list[_Part]:
         """The rendered conversation, in stretches by author."""
-        text = self._render_text(messages, generation=generation)
+        self._check_names(messages, tools)
+        text = self._render_text(messages, tools, generation=generation)
         stem = _unused_word([self._source, text])
-        marks = [Message(message.role, f"{stem}{at}x") for at, message in enumerate(messages)]
+        marks = [
+            # Where there are only calls, a template may look whether there is content.
+            dataclasses.replace(message, content=f"{stem}{at}x")
+            if message.content or not message.tool_calls
+            else message
+            for at, message in enumerate(messages)
+        ]
         try:
-            layout = re.split(f"{stem}([0-9]+)x", self._render_text(marks, generation=generation))
+            layout = re.split(f"{stem}([0-9]+)x", self._render_text(marks, tools, generation=generation))
         except PromptError:  # it reads the messages, and a mark was not to its liking
             layout = []
         roles = list(dict.fromkeys(message.role for message in messages))
@@ -148,6 +186,20 @@ class OwnTemplate(ChatTemplate):
             if "".join(part.text for part in parts) == text:
                 return parts
         return [_Part(self._checked(text, messages), None)]
+
+    def _check_names(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> None:
+        """Refuse control tokens in what is not marked, and so passes for the template's words: tools, calls, names."""
+        spoken = [*(tools or ())]
+        for message in messages:
+            made = _as_templates_have_it(message)
+            spoken += [{key: value} for key, value in made.items() if key not in ("role", "content")]
+        spelt = self._tokenizer.find_control(to_json(spoken)) if spoken else None
+        if spelt is not None:
+            raise PromptError(
+                f"a tool, a tool call or a name spells the control token {spelt}, and the checkpoint's chat template "
+                "would take it for one",
+                "leave that spelling out",
+            )
 
     def _checked(self, text: str, messages: Sequence[Message]) -> str:
         """A rendering whose authors cannot be told apart: fit to use if no message spells a control token."""
@@ -160,6 +212,19 @@ class OwnTemplate(ChatTemplate):
                     "leave that spelling out",
                 )
         return text
+
+
+def _as_templates_have_it(message: Message) -> dict[str, Any]:
+    """A message in transformers' form: like OpenAI's, but arguments are read."""
+    content = None if message.tool_calls and not message.content else message.content
+    made: dict[str, Any] = {"role": message.role, "content": content}
+    if message.tool_calls:
+        made["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.value}}
+            for call in message.tool_calls
+        ]
+    optional = {"tool_call_id": message.tool_call_id, "name": message.name}
+    return made | {key: value for key, value in optional.items() if value is not None}
 
 
 def _fill(

@@ -17,7 +17,7 @@ import octavo
 from octavo.cli.terminal import INTERRUPTED, tell_error
 from octavo.errors import UserError
 
-VERBS = ("chat", "generate", "plan", "tensors", "convert", "quantize", "bench", "train")
+VERBS = ("chat", "ui", "generate", "serve", "plan", "tensors", "convert", "quantize", "bench", "train")
 
 
 class _Verbs(click.Group):
@@ -40,7 +40,9 @@ def octavo_command() -> None:
 
     \b
     octavo chat                        talk to the model that ships with Octavo
+    octavo ui                          the same on a page in the browser
     octavo generate "Who are you?"     one reply on stdout
+    octavo serve                       serve it to clients of the OpenAI API
     octavo plan MODEL                  say whether it fits this machine, how it runs, how fast
     octavo tensors MODEL               list the tensors of a checkpoint, here or on the Hub
     octavo convert SRC DST --to hf     write a checkpoint in another layout

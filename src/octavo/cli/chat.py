@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import click
@@ -22,11 +23,13 @@ from octavo.cli.options import (
     take_loading,
 )
 from octavo.cli.terminal import decode, note, show, stdin_is_terminal, tell_error
-from octavo.errors import PromptError, UserError
+from octavo.errors import OptionError, PromptError, UserError
 
 if TYPE_CHECKING:
+    from octavo.chat import Persona
     from octavo.cli.conversation import Conversation
     from octavo.llm import LLM, Stream
+    from octavo.remote import RemoteModel, RemoteStream
 
 PROMPT = "> "
 COMMANDS = {
@@ -40,6 +43,9 @@ _COMMAND = re.compile(r"/[a-zA-Z]+")
 
 @click.command("chat")
 @model_options
+@click.option(
+    "--remote", metavar="URL|NAME", help="A model elsewhere: an OpenAI-compatible address, or one on Hugging Face."
+)
 @speaker_options
 def command(
     model: str | None,
@@ -48,6 +54,7 @@ def command(
     bits: str | None,
     memory: str | None,
     verbose: bool,
+    remote: str | None,
     persona: str | None,
     system: str | None,
     pairs: tuple[str, ...],
@@ -58,35 +65,66 @@ def command(
     model's context, its oldest turns are forgotten, with a note. When stdin is not a terminal, each of its lines
     is a turn, and stdout gets the replies alone.
 
+    With --remote the model runs elsewhere, and --model is its name there (by default the first that is served). The key
+    is OCTAVO_API_KEY, or HF_TOKEN for Hugging Face.
+
     \b
     octavo chat
     octavo chat --model ./mixtral --system "Answer in one sentence." -o temperature=0.3
     octavo chat --model ./mixtral-4bit --memory 12GiB
+    octavo chat --remote http://127.0.0.1:8000/v1
+    octavo chat --remote mistralai/Mixtral-8x7B-Instruct-v0.1
     """
     options = parse_pairs(pairs)
     loading = take_loading(options)
-    speaker = choose_persona(persona, model)
-    sampling(speaker, options)  # what is misspelt should not wait for the model
-    llm = load(model, dtype, device, bits, memory, loading)
+    if remote is not None:
+        here = {"--dtype": dtype, "--device": device, "--bits": bits, "--memory": memory, "--verbose": verbose}
+        _refuse_here(here | {f"-o {name}": True for name in loading})
+    speaker = choose_persona(persona, model if remote is None else remote)
+    params = sampling(speaker, options)  # what is misspelt should not wait for the model
+    interactive = stdin_is_terminal()
+    llm: LLM | RemoteModel
+    if remote is None:
+        llm = load(model, dtype, device, bits, memory, loading)
+        if interactive:
+            _greet(_about(model, llm), speaker)
+        if not converses(llm):
+            note("the model has no chat template; asked as Mistral's first chat models are")
+    else:
+        from octavo.remote import RemoteModel
+
+        llm = RemoteModel(remote, model=model)
+        llm.fields(params)
+        if interactive:
+            _greet(llm.model if remote == llm.model else f"{llm.model} at {remote}", speaker)
     from octavo.cli.conversation import Conversation
+
+    _Chat(Conversation(llm, speaker, system, options), interactive, verbose).run()
+
+
+def _refuse_here(given: Mapping[str, object]) -> None:
+    """Refuse options that say how a model is loaded, where none is."""
+    for name, value in given.items():
+        if value:
+            raise OptionError(
+                f"{name} is for a model on this machine, and --remote names one that runs elsewhere",
+                hint="leave one of the two out",
+            )
+
+
+def _about(model: str | None, llm: LLM) -> str:
     from octavo.llm import SHIPPED
 
-    conversation = Conversation(llm, speaker, system, options)
-    interactive = stdin_is_terminal()
-    if interactive:
-        _greet(SHIPPED if model is None else model, llm, conversation)
-    if not converses(llm):
-        note("the model has no chat template; asked as Mistral's first chat models are")
-    _Chat(conversation, interactive, verbose).run()
-
-
-def _greet(name: str, llm: LLM, conversation: Conversation) -> None:
     args = llm.model.args
     size = f"{_size(args.n_params)} parameters"
     if args.moe:
         size += f", {_size(args.n_active_params)} a token"
-    persona = f"; persona {conversation.persona.name}" if conversation.persona else ""
-    note(f"octavo {octavo.__version__}: {name}, {size}, context {llm.context:,} tokens{persona}")
+    return f"{SHIPPED if model is None else model}, {size}, context {llm.context:,} tokens"
+
+
+def _greet(about: str, persona: Persona | None) -> None:
+    who = f"; persona {persona.name}" if persona else ""
+    note(f"octavo {octavo.__version__}: {about}{who}")
     note("Ctrl-C stops a reply, /quit or Ctrl-D leaves, /help lists the commands")
 
 
@@ -184,7 +222,13 @@ class _Chat:
         note(f"persona: {who}" + ("" if name else f"; these ship: {', '.join(Persona.shipped())}"))
 
     def _reply(self, text: str) -> None:
-        stream, dropped = self._conversation.ask(text)
+        try:
+            stream, dropped = self._conversation.ask(text)
+        except KeyboardInterrupt:  # a server may let one wait
+            if not self._interactive:
+                raise
+            note("stopped")
+            return
         if dropped:
             note(f"the context is full: forgot the oldest {dropped} of the exchanges (/reset forgets all)")
         stopped = False
@@ -205,17 +249,21 @@ class _Chat:
             from octavo.cli.memory import tell_experts
 
             tell_experts(stream.result.experts)
-        if (fared := self._conversation.llm.prefetch_note) and not self._told_prefetch:
-            self._told_prefetch = True
-            note(fared)
+        from octavo.remote import RemoteModel
 
-    def _tell(self, stream: Stream, stopped: bool) -> None:
+        llm = self._conversation.llm
+        if not isinstance(llm, RemoteModel) and llm.prefetch_note and not self._told_prefetch:
+            self._told_prefetch = True
+            note(llm.prefetch_note)
+
+    def _tell(self, stream: Stream | RemoteStream, stopped: bool) -> None:
         """How the reply went, where a person reads along."""
         result = stream.result
         said = f"{result.usage.completion_tokens} tokens, {result.timings.tokens_per_second:.0f} tok/s"
         if stopped:
             said += "; stopped"
         elif result.finish_reason == "length":
-            full = result.usage.total_tokens >= self._conversation.context
+            context = self._conversation.llm.context
+            full = context is not None and result.usage.total_tokens >= context
             said += "; cut short: the context is full" if full else "; cut short (-o max_tokens=N allows more)"
         note(said)

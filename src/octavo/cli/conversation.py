@@ -1,11 +1,17 @@
-"""A conversation that outgrows the model's context: the oldest turns are forgotten, never the system prompt."""
+"""A conversation that outgrows the model's context: the oldest turns are forgotten, never the system prompt.
+
+Of a model that runs elsewhere nothing tells how many tokens fit: turns are forgotten when its server refuses them, and
+once a reply was cut short at the context's end, before. How many there are is then estimated from the last count.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from octavo.chat import Message, Persona
 from octavo.cli.options import sampling
+from octavo.remote import RemoteModel, RemoteStream, TooLongError
 
 if TYPE_CHECKING:
     from octavo.llm import LLM, Stream
@@ -22,19 +28,22 @@ class Conversation:
         options: sampling options over the persona's, as text.
 
     Attributes:
-        context: tokens the model can see at once, its reply included.
+        llm: who replies.
         turns: the user's and the assistant's messages in turn.
 
     Raises:
         OptionError: an unknown sampling option, or a value that will not do.
     """
 
-    def __init__(self, llm: LLM, persona: Persona | None, system: str | None, options: dict[str, str]) -> None:
+    def __init__(
+        self, llm: LLM | RemoteModel, persona: Persona | None, system: str | None, options: dict[str, str]
+    ) -> None:
         self.llm = llm
         self._options = options
-        self.context = llm.context
         self.turns: list[Message] = []
         self._asked: list[Message] = []  # the turns a reply is awaited to
+        self._stream: Stream | RemoteStream | None = None  # that reply
+        self._tokens_per_character = 0.0  # of what a server counted last
         self.become(persona)
         if system is not None:
             self._system = system
@@ -53,7 +62,7 @@ class Conversation:
         """Forget what was said."""
         self.turns = []
 
-    def ask(self, text: str) -> tuple[Stream, int]:
+    def ask(self, text: str) -> tuple[Stream | RemoteStream, int]:
         """Queue the user's next turn; it is taken down with the reply, by `answer`.
 
         Oldest exchanges are dropped until the rest leaves room for a reply.
@@ -63,17 +72,26 @@ class Conversation:
 
         Raises:
             PromptError: the turn is blank, or alone too long for the context.
+            HubError: a server refused, or could not be reached.
         """
         turns = [*self.turns, Message("user", text)]
         dropped = 0
-        while len(turns) > 1 and not self._leaves_room(turns):
+        while True:
+            if len(turns) == 1 or self._leaves_room(turns):
+                try:
+                    self._stream = stream = self.llm.stream(self._with_system(turns), self._params)
+                    break
+                except TooLongError:
+                    if len(turns) == 1:
+                        raise
             turns, dropped = turns[2:], dropped + 1
-        stream = self.llm.stream(self._with_system(turns), self._params)
         self._asked = turns
         return stream, dropped
 
     def answer(self, text: str) -> None:
         """Take down the last question and its reply; without a word of reply, neither."""
+        if isinstance(self._stream, RemoteStream) and (usage := self._stream.result.usage).prompt_tokens:
+            self._tokens_per_character = usage.prompt_tokens / _characters(self._with_system(self._asked))
         if text:
             self.turns = [*self._asked, Message("assistant", text)]
 
@@ -81,7 +99,20 @@ class Conversation:
         return [Message("system", self._system), *turns] if self._system else turns
 
     def _leaves_room(self, turns: list[Message]) -> bool:
-        reply = self.context // REPLY_SHARE
+        context = self.llm.context
+        if context is None:
+            return True  # for all that is known
+        reply = context // REPLY_SHARE
         if self._params.max_tokens is not None:
             reply = min(reply, self._params.max_tokens)
-        return len(self.llm.template.render(self._with_system(turns))) + reply <= self.context
+        return self._count(self._with_system(turns)) + reply <= context
+
+    def _count(self, messages: list[Message]) -> float:
+        """Tokens of a prompt; of a model elsewhere about so many."""
+        if isinstance(self.llm, RemoteModel):
+            return _characters(messages) * self._tokens_per_character
+        return len(self.llm.template.render(messages))
+
+
+def _characters(messages: Sequence[Message]) -> int:
+    return sum(len(message.content) for message in messages)

@@ -147,8 +147,8 @@ class Tokenizer:
         """The token as the vocabulary spells it, control tokens included; "" for an id from n_vocab on."""
         return self._backend.name(token_id) if 0 <= token_id < self.n_vocab else ""
 
-    def _piece(self, token_id: int) -> Piece | None:
-        """What a token writes; None for one that has no text."""
+    def piece(self, token_id: int) -> Piece | None:
+        """What a token writes; None for one that has no text, such as a control token."""
         try:
             return self._pieces[token_id]
         except KeyError:
@@ -216,7 +216,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; "" while a character is unfinished."""
-        piece = self._tokenizer._piece(token_id)
+        piece = self._tokenizer.piece(token_id)
         if piece is None:
             return self.flush() if self._rules.control_breaks else ""
         data = piece.text
