@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "serve_load.json"
 OCTAVO = Path(sys.executable).parent / "octavo"
 CROWD, MANY, ROUNDS = 64, 16, 3
 LENGTH = 48  # tokens of a reply
-REAL_LENGTH, REAL_MANY, REAL_LAYERS = 32, 8, 4
+REAL_LENGTH, REAL_MANY, REAL_LAYERS = 64, 8, 4
 QUESTIONS = [
     *(f"What is the capital of {country}?" for country in ("France", "Italy", "Spain", "Germany", "Japan", "Peru")),
     *(f"What is {a} plus {b}?" for a, b in ((12, 30), (25, 61), (7, 88), (41, 41), (19, 73), (64, 23))),
@@ -93,13 +93,14 @@ async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 
 def _take(reply: Reply, event: dict[str, Any]) -> None:
-    if event.get("usage"):
-        reply.tokens = event["usage"]["completion_tokens"]
     for choice in event["choices"]:
         text = choice["delta"].get("content") if "delta" in choice else choice["text"]
+        reply.tokens += bool(text)  # where usage is not told: one a token, but for parts of characters
         if text and not reply.first:
             reply.first = time.perf_counter()
         reply.text += text or ""
+    if event.get("usage"):
+        reply.tokens = event["usage"]["completion_tokens"]
 
 
 # ---------------------------------------- servers
@@ -124,6 +125,7 @@ def llama(file: str, parallel: int) -> Iterator[str]:
     """llama-cpp-python's server, which takes one request after another."""
     port = 18123
     command = [sys.executable, "-m", "llama_cpp.server", "--model", file, "--port", str(port), "--n_ctx", "1024"]
+    command += ["--interrupt_requests", "False"]  # else a new request ends the one before it
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             for _ in range(600):
@@ -255,7 +257,7 @@ async def batch(url: str, clients: int, seed: int, model: str) -> list[Reply]:
     def body(i: int) -> dict[str, Any]:
         return {
             "model": model,
-            "prompt": words(24, seed * 1000 + i),
+            "prompt": words(4, seed * 1000 + i),
             "temperature": 1.0,
             "seed": i,
             "max_tokens": REAL_LENGTH,
@@ -270,8 +272,11 @@ def decode_rate(replies: list[Reply]) -> float:
     """Tokens a second, from the first request to the last token; prompts included."""
     if any(reply.status != 200 for reply in replies):
         raise SystemExit(f"a request failed: {[reply.status for reply in replies]}")
-    tokens = len(replies) * REAL_LENGTH
-    return tokens / (max(reply.ended for reply in replies) - min(reply.started for reply in replies))
+    if any(not 0.9 * REAL_LENGTH <= reply.tokens <= REAL_LENGTH for reply in replies):
+        raise SystemExit(f"replies are not as long as they should be: {[reply.tokens for reply in replies]}")
+    return (
+        len(replies) * REAL_LENGTH / (max(reply.ended for reply in replies) - min(reply.started for reply in replies))
+    )
 
 
 def measure_batches(url: str, model: str) -> dict[str, Any]:
