@@ -1,11 +1,11 @@
 """`octavo serve` under load: many streaming clients at once, their replies, fairness, throughput and second turns.
 
-    python benchmarks/serve_load.py [--seconds 60] [--store DIR] [--llama FILE] [--steps crowd throughput real]
+    python benchmarks/serve_load.py [--seconds 60] [--store DIR] [--llama FILE] [--steps crowd throughput faults real]
 
-The server is a process of its own, and so are the clients (this one), on the same machine. `crowd` and `throughput` use
-the shipped model. `real` uses four layers of Mixtral 8x7B's dimensions with random 4-bit weights, written to --store
-once, and beside it, where llama-cpp-python's server and --llama are given, llama.cpp's on the same weights in Q4_0
-(octavo convert DIR FILE --to gguf --dtype q4_0). Replies have one length: the end-of-text token is biased away.
+The server is a process of its own, and so are the clients (this one), on the same machine. `crowd`, `throughput` and
+`faults` use the shipped model. `real` uses four layers of Mixtral 8x7B's dimensions with random 4-bit weights, written
+to --store once, and beside it, where llama-cpp-python's server and --llama are given, llama.cpp's on the same weights in
+Q4_0 (octavo convert DIR FILE --to gguf --dtype q4_0). Replies have one length: the end-of-text token is biased away.
 Results: results/serve_load.json.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -37,6 +38,7 @@ RESULTS = Path(__file__).parent / "results" / "serve_load.json"
 OCTAVO = Path(sys.executable).parent / "octavo"
 CROWD, MANY, ROUNDS = 64, 16, 3
 LENGTH = 48  # tokens of a reply
+VANISH, VANISH_ROUNDS = 200, 4
 REAL_LENGTH, REAL_MANY, REAL_LAYERS = 64, 8, 4
 QUESTIONS = [
     *(f"What is the capital of {country}?" for country in ("France", "Italy", "Spain", "Germany", "Japan", "Peru")),
@@ -109,12 +111,19 @@ def _take(reply: Reply, event: dict[str, Any]) -> None:
 @contextmanager
 def octavo(model: str, *options: str) -> Iterator[str]:
     """A server's address."""
+    with started(model, *options) as (url, _):
+        yield url
+
+
+@contextmanager
+def started(model: str, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A server's address, and its process."""
     command = [str(OCTAVO), "serve", model, "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         try:
-            yield url.removesuffix("/v1")
+            yield url.removesuffix("/v1"), process
         finally:
             process.terminate()
             process.wait(60)
@@ -232,6 +241,71 @@ def _eos_id() -> int:
     return tokenizer.eos_id
 
 
+# ---------------------------------------- faults
+
+
+async def vanish(url: str, body: dict[str, Any]) -> None:
+    """Ask, read the first event, and go away."""
+    parts, data = urlsplit(url), json.dumps(body | {"stream": True}).encode()
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    async for line in _lines(reader):
+        if line.startswith(b"data: ") or b" 429 " in line:
+            break
+    writer.transport.abort()
+
+
+async def vanish_all(url: str, body: dict[str, Any]) -> None:
+    await asyncio.gather(*(vanish(url, body) for _ in range(VANISH)))
+
+
+def running(url: str) -> int:
+    """Sequences that a server runs, and requests that wait."""
+    lines = _get(f"{url}/metrics").decode().splitlines()
+    names = ("octavo_sequences_running ", "octavo_requests_waiting ")
+    return sum(int(float(line.split()[-1])) for line in lines if line.startswith(names))
+
+
+def rss(pid: int) -> int:
+    """Bytes of memory that a process has."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def measure_faults() -> dict[str, Any]:
+    """Clients that vanish, round after round; then SIGTERM while replies are under way."""
+    body = question(QUESTIONS[0], _eos_id()) | {"max_tokens": 400}
+    after, memory = [], []
+    with started("menny", "-o", "max_queue=1000") as (url, process):
+        for _ in range(VANISH_ROUNDS):
+            asyncio.run(vanish_all(url, body))
+            gone = time.perf_counter()
+            while running(url):
+                time.sleep(0.02)
+            after.append(time.perf_counter() - gone)
+            memory.append(rss(process.pid))
+
+        async def end_under_load() -> list[Reply]:
+            asked = [asyncio.ensure_future(ask(url, "/v1/chat/completions", body | {"max_tokens": LENGTH}))]
+            asked += [
+                asyncio.ensure_future(ask(url, "/v1/chat/completions", question(text, _eos_id()))) for text in QUESTIONS
+            ]
+            await asyncio.sleep(0.5)
+            process.terminate()
+            return list(await asyncio.gather(*asked))
+
+        replies = asyncio.run(end_under_load())
+        code = process.wait(60)
+    return {
+        "vanished": VANISH,
+        "seconds_until_nothing_runs": after,
+        "rss_bytes_after_each_round": memory,
+        "under_way_at_sigterm": len(replies),
+        "complete_after_sigterm": sum(reply.complete and reply.tokens == LENGTH for reply in replies),
+        "exit_code": code,
+    }
+
+
 # ---------------------------------------- real dimensions
 
 
@@ -339,13 +413,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--store", type=Path, help="where the random model of four layers is, or is to be written")
     parser.add_argument("--llama", metavar="FILE", help="the same in GGUF, for llama-cpp-python's server")
-    parser.add_argument("--steps", nargs="+", choices=("crowd", "throughput", "real"), default=["crowd", "throughput"])
+    parser.add_argument(
+        "--steps",
+        nargs="+",
+        choices=("crowd", "throughput", "faults", "real"),
+        default=["crowd", "throughput", "faults"],
+    )
     given = parser.parse_args()
     if "real" in given.steps and given.store is None:
         parser.error("real needs --store")
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "crowd": lambda: measure_crowd(given.seconds),
         "throughput": lambda: measure_throughput(given.seconds / 6),
+        "faults": measure_faults,
         "real": lambda: measure_real(given.store, given.llama),
     }
     report: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
