@@ -4,7 +4,7 @@
 
 The server is a process of its own, and so are the clients (this one), on the same machine. `crowd`, `throughput` and
 `faults` use the shipped model. `real` uses four layers of Mixtral 8x7B's dimensions with random 4-bit weights, written
-to --store once, and beside it, where llama-cpp-python's server and --llama are given, llama.cpp's on the same weights in
+to --store once, and beside it, where --llama is given, llama-cpp-python's server on the same weights in
 Q4_0 (octavo convert DIR FILE --to gguf --dtype q4_0). Replies have one length: the end-of-text token is biased away.
 Results: results/serve_load.json.
 """

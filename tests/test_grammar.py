@@ -359,8 +359,10 @@ def test_a_schema_that_becomes_too_much_on_the_way(kinds: dict[str, Kind]) -> No
     """The reply fails; it does not just end."""
     kind = kinds["menny"]
     constraint = kind.grammar.json_schema({"type": "object", "properties": {f"p{i}": {} for i in range(6000)}})()
-    constraint.accept(next(i for i in range(kind.tokenizer.n_vocab) if kind.tokenizer.token_name(i) == "<0x7B>"))
-    with pytest.raises(OptionError, match="response_format: .*items"):
+    brace = next(i for i in range(kind.tokenizer.n_vocab) if kind.tokenizer.token_name(i) == "<0x7B>")
+    with pytest.raises(OptionError, match=r"response_format: .*items"):
+        constraint.accept(brace)
+    with pytest.raises(OptionError, match=r"response_format: .*items"):
         constraint.allowed()
 
 

@@ -46,7 +46,7 @@ CLOCK = {"type": "function", "function": {"name": "clock-2", "parameters": {"typ
 BARE = {"type": "function", "function": {"name": "bare"}}
 HERMES = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is none %}-{% else %}{{ m.content }}{% endif %}"
     "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
     "{% if m.tool_call_id %} for {{ m.tool_call_id }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -502,8 +502,9 @@ def test_calls_are_valid(v3: ChatTemplate, grammar: Grammar, choice: Any, seed: 
 def test_one_call_where_several_are_not_wanted(v3: ChatTemplate, grammar: Grammar) -> None:
     tokenizer = Tokenizer.from_file(FILES["v3"])
     text = ' [{"name": "bare", "arguments": {}}, {"name": "bare", "arguments": {}}]'
-    for parallel in (True, False):
-        make = ToolUse(v3, [BARE], "required", parallel=parallel).constraint(grammar)
+    named = {"type": "function", "function": {"name": "bare"}}
+    for choice, parallel, several in (("required", True, True), ("required", False, False), (named, True, False)):
+        make = ToolUse(v3, [BARE], choice, parallel=parallel).constraint(grammar)
         assert make is not None
         constraint, taken = make(), 0
         for token_id in [int(v3.tool_calls_id or 0), *tokenizer.encode(text.lstrip())]:
@@ -514,7 +515,7 @@ def test_one_call_where_several_are_not_wanted(v3: ChatTemplate, grammar: Gramma
             constraint.accept(token_id)
             taken += 1
         said = tokenizer.encode(text.lstrip())
-        assert (taken == len(said) + 1) == parallel
+        assert (taken == len(said) + 1) == several
 
 
 def test_a_required_call_comes_first(v3: ChatTemplate, grammar: Grammar) -> None:

@@ -334,7 +334,8 @@ def filter_min_p(logits_N: Tensor, p: float) -> Tensor:
 
 def _filter(logits_N: Tensor, params: SamplingParams) -> Tensor:
     """Temperature, top_p and min_p. The largest logit becomes 0, so no temperature overflows."""
-    scaled_N = (logits_N - logits_N.max()) / params.temperature
+    # float32 would take what is above 3e38 for infinite, and a logit of -inf over that is NaN.
+    scaled_N = (logits_N - logits_N.max()) / min(params.temperature, 1e38)
     return filter_min_p(filter_top_p(scaled_N, params.top_p), params.min_p)
 
 

@@ -63,7 +63,7 @@ def _reply_shape(kind: str) -> dict[int | str, dict[str, Any]]:
             "usage": {"type": "object", "required": ["prompt_tokens", "completion_tokens", "total_tokens"]},
         },
     }
-    content = {"application/json": {"schema": schema}, "text/event-stream": {"schema": {"type": "string"}}}
+    content = {"application/json": {"schema": schema}, "text/event-stream": {}}
     return {**_REFUSALS, 200: {"description": "The reply; as events if stream is true.", "content": content}}
 
 

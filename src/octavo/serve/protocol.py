@@ -56,7 +56,7 @@ class _Sampling(_Model):
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     top_k: Annotated[int, Field(ge=0, description="Octavo's own: keep the k likeliest tokens.")] | None = None
     min_p: Annotated[_Number, Field(ge=0, le=1, description="Octavo's own: see octavo.SamplingParams.")] | None = None
-    repetition_penalty: Annotated[_Number, Field(gt=0, description="Octavo's own.")] | None = None
+    repetition_penalty: Annotated[_Number, Field(ge=0.01, le=100, description="Octavo's own.")] | None = None
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> _Sampling:
