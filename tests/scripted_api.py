@@ -123,3 +123,30 @@ def serving() -> Iterator[Server]:
             server.over.set()
             server.shutdown()
             thread.join()
+
+
+# ---------------------------------------- scripts that answer badly
+
+
+def sends(body: object, status: int = 200, **headers: str) -> Callable[[Asked], None]:
+    return lambda asked: asked.send(body, status, **headers)
+
+
+def hangs(asked: Asked) -> None:
+    asked.server.over.wait(20)
+
+
+def half(*after: object, end: bool = False, hang: bool = False) -> Callable[[Asked], None]:
+    """Half a reply, then these events; then the end, silence, or a closed connection."""
+
+    def script(asked: Asked) -> None:
+        asked.begin_events()
+        asked.event(delta("Half a "))
+        for event in after:
+            asked.event(event)
+        if end:
+            asked.end()
+        if hang:
+            hangs(asked)
+
+    return script

@@ -237,7 +237,7 @@ class Engine:
                 self._compact()
 
     def step(self) -> list[Event]:
-        """Read at most one chunk of one prompt, then decode one token for each running sequence.
+        """Read one chunk of prompts at most, then decode one token for each running sequence.
 
         A sequence whose logits cannot be sampled from fails alone. If the model itself fails, all sequences
         in the cache fail; those that wait go on. Either way each is told by an event. If the step is
@@ -298,15 +298,21 @@ class Engine:
     # ---------------------------------------- inside a step
 
     def _prefill(self) -> None:
-        """Read the next chunk of the prompt in hand, and of others while they are short."""
-        left = self.prefill_chunk
-        while left > 0 and (sequence := self._prefilling or self._admit()) is not None:
-            left -= self._read_prompt(sequence, left)
+        """Read the next chunk of the prompt in hand, and of others while these are short.
 
-    def _read_prompt(self, sequence: _Sequence, most: int) -> int:
-        """Read so many tokens of a prompt at most; at its end, choose the first token. Returns how many were read."""
+        Where a prompt is cut does not depend on its neighbours.
+        """
+        left = self.prefill_chunk
+        while (sequence := self._prefilling or self._admit()) is not None:
+            chunk = sequence.prompt[sequence.n_prefilled :][: self.prefill_chunk]
+            left -= len(chunk)
+            if left < 0:
+                return
+            self._read_prompt(sequence, chunk)
+
+    def _read_prompt(self, sequence: _Sequence, chunk: tuple[int, ...]) -> None:
+        """Read a chunk of a prompt; at its end, choose the first token."""
         row, start = len(self._running), sequence.n_prefilled
-        chunk = sequence.prompt[start : start + most]
         started = time.perf_counter()
         logits_1TV = self._forward([sequence], [chunk], row, last_only=sequence.wants_prompt is None)
         sequence.prefill_seconds += time.perf_counter() - started
@@ -321,7 +327,6 @@ class Engine:
             # Rows are copied before anything is chosen: the first token may already be the last.
             for one in (sequence, *self._share_prefill(sequence, row)):
                 self._choose(one, logits_1TV[0, -1])
-        return len(chunk)
 
     def _admit(self) -> _Sequence | None:
         """Give the longest waiting sequence the row behind the running ones, if there is one."""
