@@ -21,6 +21,7 @@ import pytest
 from conftest import tiny_args
 from octavo.budget import plan_checkpoint
 from octavo.checkpoint import open_checkpoint
+from octavo.cli.options import left_of
 from octavo.errors import OptionError
 from octavo.llm import shipped_model
 from octavo.plan import kv_cache_bytes
@@ -140,6 +141,13 @@ def test_what_cannot_be_served() -> None:
 
 
 # ---------------------------------------- how many at a time
+
+
+def test_what_serving_takes_is_a_part_of_the_budget() -> None:
+    assert left_of("1GiB", 64 << 20) == str(960 << 20)
+    assert left_of(None, 64 << 20) is None
+    with pytest.raises(OptionError, match="60MiB is all taken by the server itself"):
+        left_of("60MiB", 64 << 20)
 
 
 def test_a_batch_has_room_for_whole_contexts() -> None:

@@ -25,6 +25,8 @@ LOADING = ("context", "trace", "prefetch")  # what -o takes besides sampling opt
 # Active parameters up to which one thread does all: the matrices are too small to share out, the other threads would
 # only spin at every operation's end, and on a busy machine the first one would wait for them (20 times slower).
 SMALL = 50_000_000
+# What serving takes beside the process that `octavo.plan` counts; seen: 53 MB, and 175 MB with the page.
+SERVER_BYTES, PAGE_BYTES = 64 << 20, 192 << 20
 
 
 def model_options(command: F) -> F:
@@ -103,6 +105,22 @@ def take_loading(options: dict[str, str]) -> dict[str, Any]:
             raise OptionError(f"prefetch is {found['prefetch']!r}; expected true or false", hint="-o prefetch=true")
         found["prefetch"] = found["prefetch"].lower() == "true"
     return found
+
+
+def left_of(memory: str | None, taken: int) -> str | None:
+    """What of a budget is left for the model beside something else.
+
+    Raises:
+        OptionError: nothing is, or it is no size.
+    """
+    from octavo.plan import parse_size, show_size
+
+    if memory is None:
+        return None
+    left = parse_size(memory) - taken
+    if left <= 0:
+        raise OptionError(f"--memory {memory} is all taken by the server itself, {show_size(taken)}", hint="give more")
+    return str(left)
 
 
 def choose_persona(name: str | None, model: str | None) -> Persona | None:

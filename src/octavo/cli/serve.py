@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from octavo.cli.options import BITS, choose_persona, load, parse_pairs, take_loading
+from octavo.cli.options import (
+    BITS,
+    PAGE_BYTES,
+    SERVER_BYTES,
+    choose_persona,
+    left_of,
+    load,
+    parse_pairs,
+    take_loading,
+)
 from octavo.cli.terminal import note
 from octavo.errors import OptionError
 
@@ -78,6 +87,7 @@ def command(
     config = ServeConfig(model_id=_model_id(name), keys=found, hosts=hosts, **settings)
     sock = server.bind(host, port)
     try:
+        memory = left_of(memory, PAGE_BYTES if ui else SERVER_BYTES)
         loading = _loading(options, name, memory)
         llm = load(name, loading.pop("dtype"), loading.pop("device"), loading.pop("bits"), memory, loading)
         worker = Worker(llm, max_queue=config.max_queue, max_per_key=config.max_per_key)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from octavo.cli.options import choose_persona, load, parse_pairs, sampling, take_loading
+from octavo.cli.options import PAGE_BYTES, choose_persona, left_of, load, parse_pairs, sampling, take_loading
 from octavo.cli.terminal import note
 from octavo.errors import OptionError
 
@@ -83,7 +83,7 @@ def command(
             from octavo.serve.worker import Worker
             from octavo.ui.local import LocalModel
 
-            llm = load(model, None, None, None, memory, loading)
+            llm = load(model, None, None, None, left_of(memory, PAGE_BYTES), loading)
             name = SHIPPED if model is None else model
             backend = LocalModel(llm, closing.enter_context(Worker(llm)))
         speaker = None if persona is None else persona.name.lower()
