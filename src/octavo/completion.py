@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from octavo.chat import Message, Persona
 from octavo.engine import Constraint, Event, PromptLogprobs
+from octavo.errors import PromptError
 from octavo.experts import CacheCounters
 from octavo.sampling import SamplingParams, TokenLogprobs
 from octavo.tokenizer import Tokenizer
@@ -185,6 +188,32 @@ class Prepared:
     mid_text: bool
     constraint: Callable[[], Constraint] | None = None
     prompt_logprobs: int | None = None
+
+
+def read_asked(
+    messages: Sequence[Message | Mapping[str, Any]],
+    params: SamplingParams | None,
+    persona: Persona | str | Path | None,
+    options: Mapping[str, Any],
+) -> tuple[list[Message], SamplingParams]:
+    """Return a conversation with its persona's system prompt, unless it brings one, and what holds for the reply.
+
+    Raises:
+        PromptError: it is no list of messages.
+        OptionError: an unknown option, or one out of range.
+        PersonaError: no such persona, or a file that cannot be used.
+    """
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        kind = type(messages).__name__
+        raise PromptError(f"a conversation must be a list of messages, found {kind}")
+    turns = [Message.of(message) for message in messages]
+    if persona is not None:
+        persona = persona if isinstance(persona, Persona) else Persona.load(persona)
+        params = params or SamplingParams.from_options(persona.sampling)
+        if persona.system and not any(turn.role == "system" for turn in turns):
+            turns.insert(0, Message("system", persona.system))
+    params = SamplingParams.from_options(options, params)
+    return turns, params
 
 
 class StopStrings:

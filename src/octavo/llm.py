@@ -16,7 +16,7 @@ import torch
 from octavo.budget import plan_checkpoint
 from octavo.chat import ChatTemplate, Message, Persona, template_for
 from octavo.checkpoint import open_checkpoint
-from octavo.completion import Chunk, Completion, Prepared, Reply, Request
+from octavo.completion import Chunk, Completion, Prepared, Reply, Request, read_asked
 from octavo.engine import Constraint, Engine, with_context
 from octavo.errors import CheckpointError, HubError, OptionError, PromptError, TokenizerError
 from octavo.experts import CacheCounters, StreamedExperts, placement_from_trace
@@ -462,16 +462,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[list[int], SamplingParams, frozenset[int]]:
         """Prompt ids, parameters and stop ids of a conversation."""
-        if isinstance(messages, str) or not isinstance(messages, Sequence):
-            kind = type(messages).__name__
-            raise PromptError(f"a conversation must be a list of messages, found {kind}")
-        turns = [Message.of(message) for message in messages]
-        if persona is not None:
-            persona = persona if isinstance(persona, Persona) else Persona.load(persona)
-            params = params or SamplingParams.from_options(persona.sampling)
-            if persona.system and not any(turn.role == "system" for turn in turns):
-                turns.insert(0, Message("system", persona.system))
-        params = SamplingParams.from_options(options, params)
+        turns, params = read_asked(messages, params, persona, options)
         ids = self.template.render(turns) if tools is None else self.template.render(turns, tools)
         return ids, params, self.eos_ids | frozenset(self.template.stop_ids)
 

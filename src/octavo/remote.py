@@ -21,7 +21,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from octavo.chat import Message, Persona
 from octavo.chat.messages import read_conversation
-from octavo.completion import Choice, Chunk, Completion, FinishReason, Timings, Usage
+from octavo.completion import Choice, Chunk, Completion, FinishReason, Timings, Usage, read_asked
 from octavo.errors import HubError, OptionError, PromptError, UserError
 from octavo.hub import REPO_ID
 from octavo.sampling import SamplingParams
@@ -308,14 +308,9 @@ class RemoteModel:
             PersonaError: no such persona, or a file that cannot be used.
             HubError: the server cannot be reached, refuses, or answers something that is not the API.
         """
-        turns = [Message.of(message) for message in messages]
-        if persona is not None:
-            persona = persona if isinstance(persona, Persona) else Persona.load(persona)
-            params = params or SamplingParams.from_options(persona.sampling)
-            if persona.system and not any(turn.role == "system" for turn in turns):
-                turns.insert(0, Message("system", persona.system))
+        turns, params = read_asked(messages, params, persona, options)
         read_conversation(turns, last="user")
-        fields = self.fields(SamplingParams.from_options(options, params))
+        fields = self.fields(params)
         fields["messages"] = [{"role": turn.role, "content": turn.content} for turn in turns]
         return RemoteStream(self, fields | {"model": self.model})
 
