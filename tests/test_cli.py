@@ -18,7 +18,8 @@ import octavo
 from octavo.chat import Message, Persona
 from octavo.cli import VERBS, octavo_command
 from octavo.cli.chat import COMMANDS
-from octavo.cli.conversation import REPLY_SHARE, Conversation
+from octavo.cli.conversation import Conversation
+from octavo.completion import REPLY_SHARE
 from octavo.errors import PromptError
 from octavo.kernels import backend
 from octavo.llm import LLM

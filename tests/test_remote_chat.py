@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from octavo.chat import Persona
-from octavo.cli.conversation import REPLY_SHARE, Conversation
+from octavo.cli.conversation import Conversation
+from octavo.completion import REPLY_SHARE
 from octavo.errors import HubError
 from octavo.remote import RemoteModel, TooLongError
 from octavo.sampling import SamplingParams

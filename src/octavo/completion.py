@@ -21,6 +21,7 @@ from octavo.sampling import SamplingParams, TokenLogprobs
 from octavo.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+REPLY_SHARE = 4  # of the context, a quarter is kept free for the reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +189,14 @@ class Prepared:
     mid_text: bool
     constraint: Callable[[], Constraint] | None = None
     prompt_logprobs: int | None = None
+
+
+def leaves_room(prompt_tokens: float, context: int, params: SamplingParams) -> bool:
+    """Whether a conversation of so many tokens leaves a reply its share of the context, or what it may have at most."""
+    reply = context // REPLY_SHARE
+    if params.max_tokens is not None:
+        reply = min(reply, params.max_tokens)
+    return prompt_tokens + reply <= context
 
 
 def read_asked(

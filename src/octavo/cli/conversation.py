@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 from octavo.chat import Message, Persona
 from octavo.cli.options import sampling
+from octavo.completion import leaves_room
 from octavo.remote import RemoteModel, RemoteStream, TooLongError
 
 if TYPE_CHECKING:
     from octavo.llm import LLM, Stream
-
-REPLY_SHARE = 4  # of the context, a quarter is kept free for the reply
 
 
 class Conversation:
@@ -102,10 +101,7 @@ class Conversation:
         context = self.llm.context
         if context is None:
             return True  # for all that is known
-        reply = context // REPLY_SHARE
-        if self._params.max_tokens is not None:
-            reply = min(reply, self._params.max_tokens)
-        return self._count(self._with_system(turns)) + reply <= context
+        return leaves_room(self._count(self._with_system(turns)), context, self._params)
 
     def _count(self, messages: list[Message]) -> float:
         """Tokens of a prompt; of a model elsewhere about so many."""

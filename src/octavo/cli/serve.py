@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 LOADING = ("bits", "dtype", "device", "context", "batch", "prefix", "trace", "prefetch")
 PAGE = "/ui"
-PREFIX = 256 << 20  # bytes of finished sequences' keys and values, without a budget; see `LLM.load`
 
 
 @click.command("serve")
@@ -116,7 +115,7 @@ def _model_id(name: str) -> str:
 def _loading(options: dict[str, str], name: str, memory: str | None) -> dict[str, Any]:
     """What `LLM.load` is given, and how many sequences at a time, which is said with its reason."""
     from octavo.checkpoint import open_checkpoint
-    from octavo.llm import SHIPPED, find_model
+    from octavo.llm import PREFIX_BYTES, SHIPPED, find_model
     from octavo.plan import parse_size
     from octavo.serve.batch import batch_for
 
@@ -126,7 +125,9 @@ def _loading(options: dict[str, str], name: str, memory: str | None) -> dict[str
         raise OptionError(f"bits is {bits!r}; expected one of {', '.join(BITS)}", "such as -o bits=4")
     if wanted is not None and not wanted.strip().isdecimal():
         raise OptionError(f"batch is {wanted!r}; expected an integer", "such as -o batch=8")
-    prefix_bytes = (PREFIX if memory is None else 0) if prefix is None else 0 if prefix == "0" else parse_size(prefix)
+    prefix_bytes = (
+        (PREFIX_BYTES if memory is None else 0) if prefix is None else 0 if prefix == "0" else parse_size(prefix)
+    )
     loading = take_loading(options)
     checkpoint: Checkpoint = open_checkpoint(find_model(name))
     batch = batch_for(

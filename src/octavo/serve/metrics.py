@@ -64,8 +64,7 @@ class _WorkerCollector(Collector):
         yield _counter("engine_steps", "Steps of the engine.", stats.steps)
         yield _histogram("time_to_first_token_seconds", "From a request to its first token.", stats.first_token)
         yield _histogram("inter_token_seconds", "Between two tokens of a reply.", stats.inter_token)
-        if stats.prefix_nbytes is not None:
-            yield _gauge("prefix_cache_bytes", "Keys and values kept of earlier prompts.", stats.prefix_nbytes)
+        yield _gauge("prefix_cache_bytes", "Keys and values kept of earlier prompts.", stats.prefix_nbytes)
         experts = stats.experts
         if experts is not None:
             yield _counter("expert_cache_hits", "Experts that were in memory when chosen.", experts.hits)

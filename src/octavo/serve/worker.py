@@ -85,7 +85,7 @@ class Stats:
         steps: of the engine.
         first_token: seconds from `submit` to a ticket's first token.
         inter_token: seconds between a reply's tokens.
-        prefix_nbytes: that the engine keeps of prompts for later ones; None if it keeps none.
+        prefix_nbytes: that the engine keeps of prompts for later ones.
         experts: what was read of streamed experts; None where every expert stays in memory.
     """
 
@@ -101,7 +101,7 @@ class Stats:
     steps: int
     first_token: Histogram
     inter_token: Histogram
-    prefix_nbytes: int | None
+    prefix_nbytes: int
     experts: LayerCounters | None
 
 
@@ -251,7 +251,7 @@ class Worker:
                 steps=self._steps,
                 first_token=self._first_token.snapshot(),
                 inter_token=self._inter_token.snapshot(),
-                prefix_nbytes=getattr(self.llm.engine, "prefix_nbytes", None),
+                prefix_nbytes=self.llm.engine.prefix_nbytes,
                 experts=None if experts is None else experts.total,
             )
 

@@ -10,14 +10,13 @@ from typing import Protocol
 import numpy as np
 
 from octavo.chat import Message
-from octavo.completion import Chunk, Completion, Prepared, Request
+from octavo.completion import Chunk, Completion, Prepared, Request, leaves_room
 from octavo.llm import LLM
 from octavo.sampling import SamplingParams
 from octavo.ui.backend import Routed
 from octavo.watch import RoutingWatch
 
 NOTHING = Routed((), np.empty((0, 1, 1), np.int16), 0)
-REPLY_SHARE = 4  # of the context, a quarter is kept free for the reply
 
 
 class Update(Protocol):
@@ -82,10 +81,9 @@ class LocalModel:
         """The conversation's end that leaves room for a reply, and how many exchanges that leaves out."""
         system = messages[:1] if messages and messages[0].role == "system" else []
         turns, dropped = messages[len(system) :], 0
-        reply = self.context // REPLY_SHARE
-        if params.max_tokens is not None:
-            reply = min(reply, params.max_tokens)
-        while len(turns) > 2 and len(self._llm.template.render(system + turns)) + reply > self.context:
+        while len(turns) > 2:
+            if leaves_room(len(self._llm.template.render(system + turns)), self.context, params):
+                break
             turns, dropped = turns[2:], dropped + 1
         return system + turns, dropped
 
