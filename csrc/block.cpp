@@ -177,18 +177,18 @@ void attend(Rows x, const Attention& a, const float* rotation, const Cache& cach
     }
 }
 
-void route(Rows x, Rows gate, int64_t K, int64_t* ids, float* weights, float* logits) {
+void route(Rows x, Rows gate, int64_t K, Routing to) {
     const Turn turn;
     const int64_t E = gate.count;
     for_rows(x.count, [&](int64_t row) {
         const float* from = row_of(x, row);
-        float* of_row = logits + row * E;
+        float* of_row = to.logits + row * E;
         const Numbers matrix{gate.dtype, gate.data};
         for (int64_t e = 0; e < E; ++e) of_row[e] = kernels().dot(from, matrix.from(e * gate.cols), gate.cols);
         const auto above = [&](int64_t a, int64_t b) {  // NaN is above all, as torch sorts
             return of_row[a] > of_row[b] || (std::isnan(of_row[a]) && !std::isnan(of_row[b]));
         };
-        int64_t* best = ids + row * K;
+        int64_t* best = to.ids + row * K;
         for (int64_t n = 0; n < K; ++n) {
             int64_t found = -1;
             for (int64_t e = 0; e < E; ++e) {
@@ -196,24 +196,25 @@ void route(Rows x, Rows gate, int64_t K, int64_t* ids, float* weights, float* lo
             }
             best[n] = found;
         }
-        float sum = 0.0f;
-        for (int64_t n = 0; n < K; ++n) sum += weights[row * K + n] = std::exp(of_row[best[n]] - of_row[best[0]]);
-        for (int64_t n = 0; n < K; ++n) weights[row * K + n] /= sum;
+        float *weights = to.weights + row * K, sum = 0.0f;
+        for (int64_t n = 0; n < K; ++n) sum += weights[n] = std::exp(of_row[best[n]] - of_row[best[0]]);
+        for (int64_t n = 0; n < K; ++n) weights[n] /= sum;
     });
 }
 
-void mix(Rows x, const Mixture& m) {
+void mix(Rows x, const Mixture& m, Routing seen) {
     const Turn turn;
     for (int64_t begin = 0; begin < x.count; begin += kBlockTokens) {
         own_arena().reset();
         const int64_t T = std::min(kBlockTokens, x.count - begin);
         const Rows these = some(x, begin, T);
         const Rows normed = take_rows(x.dtype, T, x.cols), mixed = take_rows(x.dtype, T, x.cols);
-        auto* ids = take<int64_t>(T * m.top_k);
-        float *weights = take<float>(T * m.top_k), *logits = take<float>(T * m.gate.count);
+        const int64_t K = m.top_k, E = m.gate.count;
+        const Routing to = seen.ids ? Routing{seen.ids + begin * K, seen.weights + begin * K, seen.logits + begin * E}
+                                    : Routing{take<int64_t>(T * K), take<float>(T * K), take<float>(T * E)};
         normalize(these, m.norm, normed);
-        route(normed, m.gate, m.top_k, ids, weights, logits);
-        moe(normed, ids, weights, m.top_k, m.experts, mixed);
+        route(normed, m.gate, K, to);
+        moe(normed, to.ids, to.weights, K, m.experts, mixed);
         add(mixed, these);
     }
 }

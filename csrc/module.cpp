@@ -30,6 +30,10 @@ Norm weights(bool bf16, uintptr_t data, float eps) {
     return {{bf16 ? Float::bf16 : Float::f32, reinterpret_cast<const void*>(data)}, eps};
 }
 
+Routing routing(const std::array<uintptr_t, 3>& to) {
+    return {reinterpret_cast<int64_t*>(to[0]), reinterpret_cast<float*>(to[1]), reinterpret_cast<float*>(to[2])};
+}
+
 struct Experts {
     std::vector<Expert> list;
 };
@@ -136,16 +140,17 @@ NB_MODULE(_native, m) {
     m.def("route", [](bool bf16, uintptr_t x, int64_t T, bool gate_bf16, uintptr_t gate, int64_t E, int64_t D, int64_t K,
                       uintptr_t ids, uintptr_t weights, uintptr_t logits) {
         nb::gil_scoped_release unlocked;
-        route(rows(bf16, x, T, D), rows(gate_bf16, gate, E, D), K, reinterpret_cast<int64_t*>(ids),
-              reinterpret_cast<float*>(weights), reinterpret_cast<float*>(logits));
+        route(rows(bf16, x, T, D), rows(gate_bf16, gate, E, D), K, routing({ids, weights, logits}));
     });
     m.def("block", [](const Attention& attention, const Mixture* mixture, bool bf16, uintptr_t x, int64_t T,
-                       uintptr_t rotation, const Cache& cache, int64_t layer, uintptr_t y) {
+                       uintptr_t rotation, const Cache& cache, int64_t layer, uintptr_t y,
+                       const std::array<uintptr_t, 3>& seen) {
         nb::gil_scoped_release unlocked;
         const Rows in = rows(bf16, x, T, attention.wq.cols), out = rows(bf16, y, T, attention.wo.rows);
         attend(in, attention, reinterpret_cast<const float*>(rotation), cache, layer, out);
-        if (mixture) mix(out, *mixture);
-    }, "attention"_a, "mixture"_a.none(), "bf16"_a, "x"_a, "T"_a, "rotation"_a, "cache"_a, "layer"_a, "y"_a);
+        if (mixture) mix(out, *mixture, routing(seen));
+    }, "attention"_a, "mixture"_a.none(), "bf16"_a, "x"_a, "T"_a, "rotation"_a, "cache"_a, "layer"_a, "y"_a,
+       "seen"_a);
     m.def("normalize", [](bool bf16, uintptr_t x, int64_t T, int64_t D, uintptr_t norm, float eps, uintptr_t y) {
         nb::gil_scoped_release unlocked;
         normalize(rows(bf16, x, T, D), weights(bf16, norm, eps), rows(bf16, y, T, D));

@@ -97,15 +97,21 @@ struct Cache {
 // y = norm(x)
 void normalize(Rows x, const Norm& norm, Rows y);
 
+// What a router chose for each row: ids and weights [row, K], logits [row, E].
+struct Routing {
+    int64_t* ids;
+    float *weights, *logits;
+};
+
 // The K experts with the highest logits gate x, ids and weights (softmax over the K) best first; equals by index.
-void route(Rows x, Rows gate, int64_t K, int64_t* ids, float* weights, float* logits);
+void route(Rows x, Rows gate, int64_t K, Routing to);
 
 // y = x + wo attention(rotated wq x', rotated wk x', wv x') with x' = norm(x), after the new keys and values have been
 // stored; rotation holds cosine and sine of each pair of a head's numbers, for every token.
 void attend(Rows x, const Attention& attention, const float* rotation, const Cache& cache, int64_t layer, Rows y);
 
-// x = x + moe(norm(x), route(norm(x)))
-void mix(Rows x, const Mixture& mixture);
+// x = x + moe(norm(x), route(norm(x))); the routing is left in `seen`, if it has pointers.
+void mix(Rows x, const Mixture& mixture, Routing seen);
 
 // Seconds that this process has spent in linear and moe, and bytes of weights that those multiplied with.
 struct Spent {

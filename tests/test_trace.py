@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 from pathlib import Path
 from typing import Any
@@ -24,30 +25,74 @@ def random_ids(tokens: int, layers: int, top_k: int, experts: int, seed: int = 0
     return order[:, :, :top_k].astype(np.int16)
 
 
+EXTRAS = ["token_ids", "topk_weights", "logits", "documents", "decoded", "pieces", "labels", "n_experts", "model"]
+
+
+def full_trace(tokens: int, layers: int = 2, top_k: int = 2, extras: Any = EXTRAS) -> RoutingTrace:
+    """A random trace of 8 experts, with some or all of what a trace may have."""
+    random = np.random.default_rng(tokens)
+    ids = random_ids(tokens, layers, top_k, 8)
+    documents = np.arange(tokens, dtype=np.int32) // 3 if "documents" in extras else None
+    more = {
+        "token_ids": np.arange(tokens, dtype=np.int64),
+        "topk_weights": random.random(ids.shape, dtype=np.float32),
+        "logits": random.random((tokens, layers, 8), dtype=np.float32),
+        "documents": documents,
+        "decoded": random.random(tokens) < 0.5,
+        "pieces": tuple("é日\n\0 "[: token % 6] for token in range(tokens)),
+        "labels": tuple(f"label {document % 2}" for document in range(1 if documents is None else documents[-1] + 1)),
+        "n_experts": 8,
+        "model": "öctavo",
+    }
+    return RoutingTrace(ids, **{name: more[name] for name in extras})
+
+
+def assert_same(one: RoutingTrace, other: RoutingTrace) -> None:
+    for name in [*EXTRAS, "topk_ids", "revision"]:
+        mine, theirs = getattr(one, name), getattr(other, name)
+        if isinstance(mine, np.ndarray):
+            assert theirs.dtype == mine.dtype
+            assert np.array_equal(theirs, mine)
+        else:
+            assert theirs == mine
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     tokens=st.integers(1, 20),
     layers=st.integers(1, 4),
     top_k=st.integers(1, 4),
-    extras=st.sets(st.sampled_from(["token_ids", "topk_weights"])),
+    extras=st.sets(st.sampled_from(EXTRAS)),
 )
 def test_what_is_saved_is_read(
     tokens: int, layers: int, top_k: int, extras: set[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    ids = random_ids(tokens, layers, top_k, 8)
-    more = {
-        "token_ids": np.arange(tokens, dtype=np.int64),
-        "topk_weights": np.random.default_rng(1).random(ids.shape, dtype=np.float32),
-    }
-    trace = RoutingTrace(ids, **{name: more[name] for name in extras})
+    trace = full_trace(tokens, layers, top_k, extras)
     path = tmp_path_factory.mktemp("trace") / "a.safetensors"
     trace.save(path)
-    found = read_trace(path)
-    for name, array in vars(trace).items():
-        there = getattr(found, name)
-        assert (there is None) == (array is None)
-        assert array is None or (there.dtype == array.dtype and np.array_equal(there, array))
+    assert_same(read_trace(path), trace)
     assert [one.name for one in path.parent.iterdir()] == ["a.safetensors"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(tokens=st.integers(1, 20), extras=st.sets(st.sampled_from(EXTRAS)), data=st.data())
+def test_some_tokens_of_a_trace_keep_what_is_theirs(tokens: int, extras: set[str], data: st.DataObject) -> None:
+    trace = full_trace(tokens, extras=extras)
+    assert_same(trace.select(slice(None)), trace)
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)))
+    if not mask.any():
+        with pytest.raises(OptionError, match="expected int16"):
+            trace.select(mask)
+        return
+    some = trace.select(mask)
+    which = np.flatnonzero(mask)
+    assert np.array_equal(some.topk_ids, trace.topk_ids[which])
+    domains = [trace.domains[trace.domain_ids[token]] for token in which]
+    assert [some.domains[number] for number in some.domain_ids] == domains
+    together = [trace.document_ids[a] == trace.document_ids[b] for a, b in itertools.pairwise(which)]
+    assert [bool(step == 0) for step in np.diff(some.document_ids)] == together
+    if trace.pieces is not None:
+        assert some.pieces == tuple(trace.pieces[token] for token in which)
 
 
 def test_an_older_trace_stays_where_a_new_one_cannot_be_written(tmp_path: Path) -> None:
@@ -78,6 +123,26 @@ WRONG = {
         r"token_ids is int64 \[4\]; expected int64 \[3\], as topk_ids",
     ),
     "ids of another dtype": ({"topk_ids": IDS, "token_ids": np.zeros(3, np.int32)}, "token_ids is I32; expected I64"),
+    "NaN": ({"topk_ids": IDS, "topk_weights": np.full(IDS.shape, np.nan, np.float32)}, "topk_weights holds NaN"),
+    "other logits": ({"topk_ids": IDS, "logits": np.zeros((3, 1, 8), np.float32)}, r"logits is float32 \[3, 1, 8\]"),
+    "documents out of order": (
+        {"topk_ids": IDS, "documents": np.array([0, 2, 2], np.int32)},
+        "documents are not number",
+    ),
+    "documents that begin late": ({"topk_ids": IDS, "documents": np.ones(3, np.int32)}, "documents are not numbered"),
+    "text without ends": ({"topk_ids": IDS, "text": np.zeros(3, np.uint8)}, "text is not whole"),
+    "ends beyond the text": (
+        {"topk_ids": IDS, "text": np.zeros(3, np.uint8), "text_ends": np.array([1, 2, 4], np.int64)},
+        "text_ends do not rise",
+    ),
+    "ends that fall": (
+        {"topk_ids": IDS, "text": np.zeros(3, np.uint8), "text_ends": np.array([2, 1, 3], np.int64)},
+        "text_ends do not rise",
+    ),
+    "other pieces": (
+        {"topk_ids": IDS, "text": np.zeros(3, np.uint8), "text_ends": np.array([1, 3], np.int64)},
+        "texts of 2 tokens; expected 3",
+    ),
     "other weights": (
         {"topk_ids": IDS, "topk_weights": np.zeros((3, 2, 1), np.float32)},
         r"topk_weights is float32 \[3, 2, 1\]; expected float32 \[3, 2, 2\]",
@@ -94,6 +159,30 @@ def test_what_is_no_trace_is_refused(what: str, tmp_path: Path) -> None:
         read_trace(path)
     assert str(path) in error.value.message
     assert error.value.hint
+
+
+NOTES = {
+    "no JSON": ("{", "cannot be read"),
+    "a list": ("[]", "cannot be read"),
+    "labels that are a text": ('{"labels": "abc"}', "labels are no list"),
+    "labels that are no texts": ('{"labels": [1]}', "are texts"),
+    "too few labels": ('{"labels": []}', "0 labels for 1 documents"),
+    "no experts": ('{"n_experts": 0}', "n_experts is 0"),
+    "half an expert": ('{"n_experts": 7.5}', "n_experts is 7.5"),
+    "fewer experts than ids": ('{"n_experts": 2}', "there are 2 experts, the first is 0"),
+    "a model that is a number": ('{"model": 8}', "are texts"),
+    "much": ("[" * 5000, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("what", NOTES)
+def test_notes_that_are_none_are_refused(what: str, tmp_path: Path) -> None:
+    notes, message = NOTES[what]
+    path = tmp_path / "wrong.safetensors"
+    save_file({"topk_ids": IDS}, path, {"routing": notes})
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_trace(path)
+    assert str(path) in error.value.message
 
 
 def test_a_file_that_is_absent_or_cut_or_something_else_is_refused(tmp_path: Path) -> None:
@@ -132,6 +221,9 @@ def test_recorded_is_what_routers_chose_in_the_order_of_tokens() -> None:
     trace = recording.trace()
     trace.check(model.args)
     assert recording.steps == [5, 1, 7]
+    logits = torch.from_numpy(trace.logits)
+    assert torch.equal(logits.topk(2).indices, torch.from_numpy(trace.topk_ids).long())
+    assert torch.allclose(logits.topk(2).values.softmax(-1), torch.from_numpy(trace.topk_weights))
     assert trace.topk_ids.tolist() == [list(of_token) for of_token in zip(*(ids[:13] for ids in seen), strict=True)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -46,6 +47,32 @@ def recorded(prompt: list[int], wanted: SamplingParams, **options: object) -> np
     with record(MODEL) as recording:
         run(alone)
     return recording.trace().topk_ids
+
+
+def test_weights_and_logits_where_they_are_asked_for() -> None:
+    one, prompts = engine(prefill_chunk=3), ([1, 2, 3, 4, 5, 6, 7], [9, 8])
+    watch, plain = RoutingWatch(one, weights=True, logits=True), RoutingWatch(one)
+    with watch.catch(), plain.catch():
+        ids = [one.add(prompt, params(4)) for prompt in prompts]
+        for seq_id in ids:
+            watch.watch(seq_id)
+            plain.watch(seq_id)
+    nothing = watch.routed(ids[0])
+    assert [part.shape for part in nothing if part is not None] == [(0, 2, 2), (0, 2, 2), (0, 2, 8)]
+    run(one)
+    for seq_id, prompt in zip(ids, prompts, strict=True):
+        alone = engine(prefill_chunk=3)
+        alone.add(prompt, params(4))
+        with record(MODEL) as recording:
+            run(alone)
+        found, whole = watch.routed(seq_id), recording.trace()
+        np.testing.assert_array_equal(found.ids, whole.topk_ids)
+        np.testing.assert_allclose(found.weights, whole.topk_weights, atol=1e-5)
+        np.testing.assert_allclose(found.logits, whole.logits, atol=1e-4)
+        assert plain.routed(seq_id)[1:] == (None, None)
+        watch.forget(seq_id)
+        plain.forget(seq_id)
+    assert n_hooks() == 0
 
 
 def n_hooks() -> int:
@@ -193,9 +220,8 @@ def test_threads_watch_while_the_engine_runs() -> None:
             while not over.is_set():
                 watch.watch(seq_id)
                 ids = watch.ids(seq_id)
-                for _ in range(50):
-                    if over.is_set() or len(ids) >= 3:
-                        break
+                enough = time.monotonic() + 0.02
+                while len(ids) < 3 and not over.is_set() and time.monotonic() < enough:
                     ids = watch.ids(seq_id)
                 pieces.append(ids)
                 watch.forget(seq_id)

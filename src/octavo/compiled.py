@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from octavo.cache import Step
+from octavo.hooks import observers
 from octavo.kernels.backend import native
 from octavo.kernels.block import Block, BlockStep, Heads
 from octavo.kernels.modules import KernelExperts, KernelLinear
@@ -41,7 +42,7 @@ class KernelBlock(TransformerBlock):
     """A block whose matrices are kernels: one compiled call, where the keys and values go to a cache.
 
     It is computed module by module without a cache, and as far as somebody has hooks on a module that would be passed
-    over, or has put another one there.
+    over, or has put another one there. Who merely observes the router is told what it chose.
     """
 
     _whole: _Whole | None = None
@@ -56,7 +57,13 @@ class KernelBlock(TransformerBlock):
             lying = (memory.k_LBHSK, memory.v_LBHSK, memory.slots_BT, memory.mask_BTS)
             memory.prepared = BlockStep(*lying, rotation)
         if whole.has_mixture and not any(whole.mixture_hooks):
-            return whole.block.forward(x_BTD, memory.prepared, layer)
+            if not whole.gate_hooks:
+                return whole.block.forward(x_BTD, memory.prepared, layer)
+            if (tell := observers(whole.gate_hooks)) is not None:
+                x_BTD, seen = whole.block.forward_seen(x_BTD, memory.prepared, layer)
+                for one in tell:
+                    one.note(Routing(*seen))
+                return x_BTD
         x_BTD = whole.block.attend(x_BTD, memory.prepared, layer)
         out: Tensor = x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
         return out
@@ -78,6 +85,7 @@ class _Whole:
         self._holders: list[nn.Module] = [block, attention, norm]
         self.block: Block | None = None
         self.has_mixture = False
+        self.gate_hooks: Mapping[int, Any] = {}
         self._gate: Router | None = None
         matrices = [linear.matrix for linear in linears if isinstance(linear, KernelLinear) and linear.matrix.native]
         if len(matrices) == len(linears):
@@ -98,7 +106,8 @@ class _Whole:
     def _add_mixture(self, whole: Block, norm: RMSNorm, feed_forward: nn.Module) -> None:
         if isinstance(feed_forward, MoEFeedForward) and isinstance(feed_forward.experts, KernelExperts):
             gate, experts = feed_forward.gate, feed_forward.experts
-            self.mixture_hooks += _hooks(gate, experts)
+            self.mixture_hooks += [gate._forward_pre_hooks, *_hooks(experts)]
+            self.gate_hooks = gate._forward_hooks
             self._holders += [norm, feed_forward, gate]
             self._gate = gate
             if experts.experts.native:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from octavo.engine import Engine
 from octavo.errors import OptionError
+from octavo.experts.trace import Routed
+from octavo.hooks import observe
 from octavo.llm import LLM
 from octavo.model import Routing
 
 Array = npt.NDArray[Any]
+Computing = tuple[tuple[int, int], ...]
+FORWARDS = 64  # so many are shared out at a time: one by one, that would cost a small model 2 % of its time
 
 
 class RoutingWatch:
@@ -31,6 +33,7 @@ class RoutingWatch:
 
     Args:
         source: an engine, or an `LLM`, whose engine is meant.
+        weights, logits: keep these too.
 
     Attributes:
         n_layers, n_experts, top_k: of the model.
@@ -39,7 +42,7 @@ class RoutingWatch:
         OptionError: the model is dense.
     """
 
-    def __init__(self, source: Engine | LLM) -> None:
+    def __init__(self, source: Engine | LLM, *, weights: bool = False, logits: bool = False) -> None:
         self._engine = source.engine if isinstance(source, LLM) else source
         moe = self._engine.model.args.moe
         if moe is None:
@@ -47,15 +50,18 @@ class RoutingWatch:
         self._routers = self._engine.model.routers()
         self.n_layers, self.n_experts, self.top_k = len(self._routers), moe.num_experts, moe.num_experts_per_tok
         self._lock = threading.Lock()
-        self._watched: dict[int, list[Array]] = {}
-        self._caught: dict[int, tuple[int, list[Array]]] = {}  # unasked for: since which `catch`, and their experts
+        self._weights, self._logits = weights, logits
+        self._watched: dict[int, list[Routed]] = {}
+        self._caught: dict[int, tuple[int, list[Routed]]] = {}  # unasked for: since which `catch`, and their experts
         self._catching: set[int] = set()
         self._n_catches = 0
         self._hooks: list[RemovableHandle] = []
+        self._noted: list[tuple[Computing, Sequence[Routing]]] = []  # forwards that are not shared out yet
 
     def watch(self, seq_id: int) -> None:
         """Keep the experts of this sequence from now on, and those that `catch` has caught."""
         with self._lock:
+            self._share_out()
             _, caught = self._caught.pop(seq_id, (0, []))
             self._watched.setdefault(seq_id, caught)
             self._set_hooks()
@@ -63,6 +69,7 @@ class RoutingWatch:
     def forget(self, seq_id: int) -> None:
         """Drop what was kept of a sequence, and keep no more; nothing happens if it is not watched."""
         with self._lock:
+            self._share_out()
             self._watched.pop(seq_id, None)
             self._set_hooks()
 
@@ -74,6 +81,7 @@ class RoutingWatch:
         What is not watched in the end is dropped.
         """
         with self._lock:
+            self._share_out()
             self._n_catches += 1
             mine = self._n_catches
             self._catching.add(mine)
@@ -82,6 +90,7 @@ class RoutingWatch:
             yield
         finally:
             with self._lock:
+                self._share_out()
                 self._catching.remove(mine)
                 oldest = min(self._catching, default=math.inf)
                 self._caught = {seq_id: one for seq_id, one in self._caught.items() if one[0] >= oldest}
@@ -98,12 +107,23 @@ class RoutingWatch:
             reply. A prompt's beginning that was computed for another sequence before is not among them, and the
             reply's last token never is. No tokens for a sequence that is not watched.
         """
+        return self.routed(seq_id).ids[start:]
+
+    def routed(self, seq_id: int) -> Routed:
+        """The experts of the same tokens as `ids`, with weights and logits where these are kept."""
         with self._lock:
+            self._share_out()
             kept = self._watched.get(seq_id, [])
             if len(kept) > 1:
-                kept[:] = [np.concatenate(kept)]
-            whole = kept[0] if kept else np.empty((0, self.n_layers, self.top_k), np.int16)
-        return whole[start:]
+                kept[:] = [Routed.joined(kept)]
+            return kept[0] if kept else self._nothing()
+
+    def _nothing(self) -> Routed:
+        def empty(width: int, dtype: npt.DTypeLike = np.float32) -> Array:
+            return np.empty((0, self.n_layers, width), dtype)
+
+        weights, logits = empty(self.top_k) if self._weights else None, empty(self.n_experts) if self._logits else None
+        return Routed(empty(self.top_k, np.int16), weights, logits)
 
     def _set_hooks(self) -> None:
         """Hooks on the routers as long as they are needed.
@@ -113,38 +133,36 @@ class RoutingWatch:
         """
         needed = bool(self._watched or self._catching)
         if needed and not self._hooks:
-            forward: list[Tensor] = []  # what the one that runs chose so far, by layer; others' hooks left it elsewhere
-            self._hooks = [
-                router.register_forward_hook(partial(self._note, forward, layer))
-                for layer, router in enumerate(self._routers)
-            ]
+            self._hooks = observe(self._routers, self._note)
         elif not needed and self._hooks:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
 
-    def _note(self, forward: list[Tensor], layer: int, router: nn.Module, inputs: Any, routing: Routing) -> None:
-        """Take down a layer; with the last one, give each sequence its rows."""
-        if layer == 0:
-            forward.clear()
-        if layer != len(forward):  # the hooks came when this forward was under way
-            return
-        forward.append(routing.topk_ids_TK)
-        if layer + 1 < self.n_layers:
-            return
+    def _note(self, layers: Sequence[Routing]) -> None:
+        """Keep a forward, and no more: the model waits for this."""
         computing = self._engine.computing
-        if sum(count for _, count in computing) != len(routing.topk_ids_TK):  # not the engine's forward
+        if sum(count for _, count in computing) != len(layers[0].topk_ids_TK):  # not the engine's forward
             return
-        ids_TLK = torch.stack(forward, dim=1).to(torch.int16).cpu().numpy()
         with self._lock:
-            start = 0
-            for seq_id, count in computing:
-                kept = self._kept(seq_id)
-                if kept is not None:
-                    kept.append(ids_TLK[start : start + count].copy())
-                start += count
+            self._noted.append((computing, layers))
+            if len(self._noted) >= FORWARDS:
+                self._share_out()
 
-    def _kept(self, seq_id: int) -> list[Array] | None:
+    def _share_out(self) -> None:
+        """Give each sequence its tokens of the forwards; before anybody begins or ends to watch."""
+        if not self._noted:
+            return
+        noted, self._noted = self._noted, []
+        routed = Routed.of([layers for _, layers in noted], weights=self._weights, logits=self._logits)
+        start = 0
+        for seq_id, count in itertools.chain.from_iterable(computing for computing, _ in noted):
+            kept = self._kept(seq_id)
+            if kept is not None:
+                kept.append(routed.rows(start, start + count))
+            start += count
+
+    def _kept(self, seq_id: int) -> list[Routed] | None:
         """Where to put a sequence's experts, if anywhere."""
         if seq_id in self._watched:
             return self._watched[seq_id]

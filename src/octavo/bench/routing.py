@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from octavo.args import ModelArgs, MoEArgs
 from octavo.errors import OptionError
 from octavo.experts.trace import RoutingTrace, read_trace
-from octavo.model import Mixtral, Routing
+from octavo.hooks import rerouted
+from octavo.model import Mixtral, Router, Routing
 
 KINDS = "uniform, sticky:P (P from 0 to 1) or trace:FILE"
 
@@ -106,24 +105,17 @@ def parse_routing(text: str, args: ModelArgs, seed: int = 0) -> Choice:
     raise OptionError(f"--routing is {text!r}; expected {KINDS}", hint="such as --routing sticky:0.5")
 
 
-@contextmanager
-def routed(model: Mixtral, choice: Choice | None) -> Iterator[None]:
+def routed(model: Mixtral, choice: Choice | None) -> AbstractContextManager[None]:
     """Let something else choose in the routers' place; None leaves them alone."""
-    hooks = []
-    if choice is not None:
-        for layer, router in enumerate(model.routers()):
-            hooks.append(router.register_forward_hook(partial(_choose, choice, layer)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    if choice is None:
+        return nullcontext()
 
+    def choose(layer: int, router: Router, x_TD: Tensor, routing: Routing) -> Routing:
+        ids, weights = choice(layer, len(routing.topk_ids_TK))
+        device = routing.topk_ids_TK.device
+        return Routing(ids.to(device), weights.to(device), routing.logits_TE)
 
-def _choose(choice: Choice, layer: int, router: nn.Module, inputs: Any, routing: Routing) -> Routing:
-    ids, weights = choice(layer, len(routing.topk_ids_TK))
-    device = routing.topk_ids_TK.device
-    return Routing(ids.to(device), weights.to(device), routing.logits_TE)
+    return rerouted(model, choose)
 
 
 def _probability(text: str) -> float:

@@ -3,12 +3,13 @@
 from octavo.experts.cache import CacheCounters, ExpertCache, LayerCounters
 from octavo.experts.replay import placement_from_trace
 from octavo.experts.streamed import StreamedExperts
-from octavo.experts.trace import RoutingTrace, read_trace, record
+from octavo.experts.trace import Routed, RoutingTrace, read_trace, record
 
 __all__ = [
     "CacheCounters",
     "ExpertCache",
     "LayerCounters",
+    "Routed",
     "RoutingTrace",
     "StreamedExperts",
     "placement_from_trace",

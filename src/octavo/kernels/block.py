@@ -68,6 +68,9 @@ class BlockStep:
         self.native = (self.tokens, rotation.data_ptr(), cache)
 
 
+_UNSEEN = (0, 0, 0)  # no place for what the router chose
+
+
 class Heads(NamedTuple):
     """Of an attention layer."""
 
@@ -126,6 +129,8 @@ class Block:
         gate = (gate_is_bf16, gate_ED.data_ptr(), *gate_ED.shape, top_k)
         self._mixture = compiled().Mixture(self._is_bf16, norm.data_ptr(), eps, *gate, experts.native)
 
+        self._top_k, self._n_experts = top_k, len(experts.experts)
+
     def attend(self, x: Tensor, step: BlockStep, layer: int) -> Tensor:
         """Store the new keys and values, and return x + attention(norm(x)).
 
@@ -137,13 +142,21 @@ class Block:
         Raises:
             OptionError: shapes or dtypes do not fit.
         """
-        return self._run(x, step, layer, None)
+        return self._run(x, step, layer, None, _UNSEEN)
 
     def forward(self, x: Tensor, step: BlockStep, layer: int) -> Tensor:
         """Go on from `attend` with what `set_mixture` named: return h + moe(norm(h))."""
-        return self._run(x, step, layer, self._mixture)
+        return self._run(x, step, layer, self._mixture, _UNSEEN)
 
-    def _run(self, x: Tensor, step: BlockStep, layer: int, mixture: object) -> Tensor:
+    def forward_seen(self, x: Tensor, step: BlockStep, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """`forward`, and what the router chose on the way, as `octavo.kernels.ops.route` returns it."""
+        T = step.tokens
+        ids_TK = torch.empty(T, self._top_k, dtype=torch.int64)
+        weights_TK, logits_TE = torch.empty(T, self._top_k), torch.empty(T, self._n_experts)
+        seen = (ids_TK.data_ptr(), weights_TK.data_ptr(), logits_TE.data_ptr())
+        return self._run(x, step, layer, self._mixture, seen), (ids_TK, weights_TK, logits_TE)
+
+    def _run(self, x: Tensor, step: BlockStep, layer: int, mixture: object, seen: tuple[int, int, int]) -> Tensor:
         if (x.dtype, step.dtype, step.heads) != self._accepts or x.numel() != step.tokens * self.dim:
             dtype, _, heads = self._accepts
             raise OptionError(
@@ -155,5 +168,5 @@ class Block:
         x = x.contiguous()
         y = torch.empty_like(x)
         module = compiled()
-        module.block(self._attention, mixture, self._is_bf16, x.data_ptr(), *step.native, layer, y.data_ptr())
+        module.block(self._attention, mixture, self._is_bf16, x.data_ptr(), *step.native, layer, y.data_ptr(), seen)
         return y
