@@ -429,7 +429,7 @@ def test_rare_options_go_to_the_model(folders: dict[str, Path]) -> None:
     refused(run(*line, whole, "-o", "context=lots"), "context is 'lots'", hint="-o context=")
     refused(run(*line, whole, "-o", "context=999"), "context is 999", hint="256")
     refused(run(*line, whole, "-o", "prefetch=maybe"), "prefetch is 'maybe'", hint="-o prefetch=true")
-    refused(run(*line, whole, "-o", "trace="), "trace is empty", hint="octavo.experts.record")
+    refused(run(*line, whole, "-o", "trace="), "trace is empty", hint="octavo routing trace")
     refused(run(*line, whole, "-o", "prefech=true"), "'prefech'", hint="did you mean prefetch?")
     refused(run(*line, whole, "-o", "temprature=1"), "'temprature'", hint="did you mean temperature?")
     refused(run(*line[:-1], "-o", "prefetch=true"), "prefetch needs memory", hint="--memory")

@@ -16,6 +16,7 @@ import pytest
 from hub_server import HubServer, run_python
 from octavo import machine
 from octavo.checkpoint import open_checkpoint
+from octavo.cli import headers
 from octavo.cli import plan as cli
 from octavo.kernels import backend
 from octavo.plan import DEVICES, PRECISIONS, footprint, make_plan, parse_size, weights_at
@@ -238,9 +239,9 @@ def test_a_store_of_several_formats(store: Path) -> None:
 
 def test_headers_read_quickly_say_what_the_reader_of_all_layouts_says(source: Path, store: Path) -> None:
     for folder in (source, store):
-        quick = cli._read_folder("x", folder)
+        quick = headers._read_folder("x", folder)
         assert quick is not None
-        assert quick == cli._open("x", str(folder))
+        assert quick == headers._open("x", str(folder))
 
 
 def test_a_local_folder_and_other_layouts(source: Path, home: Path) -> None:

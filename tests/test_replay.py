@@ -90,6 +90,14 @@ def test_pinned_are_always_there() -> None:
     assert (found.hit_rate, found.misses, found.nbytes) == (1, 0, 0)
 
 
+def test_pinned_experts_that_no_token_chooses_are_no_others() -> None:
+    ids = random_ids(50, 4, 2, 3)  # of eight experts three
+    unused = frozenset((layer, expert) for layer in range(4) for expert in range(3, 8))
+    found = replay(ids, Placement(22 * EXPERT, 2, unused), 32, EXPERT)
+    assert (found.hits, found.misses) == obvious(ids, Placement(22 * EXPERT, 2, unused), 32, [1] * 50, 0)
+    assert found.misses > 200
+
+
 @pytest.mark.parametrize("share", [0.1, 0.45, 0.8])
 def test_of_even_routing_the_heads_are_found(share: float) -> None:
     placement = Placement(round((4 + share * 252) * EXPERT), 4)

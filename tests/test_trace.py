@@ -72,6 +72,8 @@ def test_what_is_saved_is_read(
     trace.save(path)
     assert_same(read_trace(path), trace)
     assert [one.name for one in path.parent.iterdir()] == ["a.safetensors"]
+    (path.parent / "usual").touch()
+    assert path.stat().st_mode == (path.parent / "usual").stat().st_mode
 
 
 @settings(max_examples=25, deadline=None)

@@ -250,7 +250,7 @@ Routes routes(X* x, int64_t count, const Guarded<G>& gate, int64_t E, int64_t K)
     Guarded<float> weights(count * K), logits(count * E);
     std::fill(ids.begin(), ids.end(), -1);
     spoil(weights), spoil(logits);
-    route(rows_of(x, count, D), rows_of(gate.data(), E, D), K, ids.data(), weights.data(), logits.data());
+    route(rows_of(x, count, D), rows_of(gate.data(), E, D), K, {ids.data(), weights.data(), logits.data()});
     Routes out;
     for (int64_t t = 0; t < count; ++t) {
         for (int64_t i = 0; i < K; ++i) out.exact.push_back(float(ids[t * K + i]));

@@ -185,7 +185,7 @@ class LLM:
                 `bits` to ask for. On the CPU only.
             context: tokens of a sequence, prompt and reply together; by default the model's, and with `memory` 4096 of
                 them at most.
-            trace: a record of which experts were used, by `octavo.experts.record`: where it would have read less, the
+            trace: a record of which experts were used, by `octavo routing trace`: where it would have read less, the
                 most used ones stay in memory whole. Needs `memory`; of no use where every expert fits, as `plan`
                 tells.
             prefetch: read ahead what the next layer's router would choose now. As `trace`.
@@ -266,6 +266,12 @@ class LLM:
     def uses_kernels(self) -> bool:
         """Whether products are computed by `octavo.kernels`, on the CPU."""
         return uses_kernels(self.model)
+
+    @property
+    def converses(self) -> bool:
+        """Whether the checkpoint says how to write a conversation: a template, or `[INST]` as a control token."""
+        own = self.tokenizer
+        return own is not None and (own.chat_template is not None or own.control_id("[INST]") is not None)
 
     @functools.cached_property
     def template(self) -> ChatTemplate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -56,7 +57,7 @@ class RoutingWatch:
         self._catching: set[int] = set()
         self._n_catches = 0
         self._hooks: list[RemovableHandle] = []
-        self._noted: list[tuple[Computing, Sequence[Routing]]] = []  # forwards that are not shared out yet
+        self._noted: deque[tuple[Computing, Sequence[Routing]]] = deque()  # forwards that are not shared out yet
 
     def watch(self, seq_id: int) -> None:
         """Keep the experts of this sequence from now on, and those that `catch` has caught."""
@@ -141,26 +142,24 @@ class RoutingWatch:
 
     def _note(self, layers: Sequence[Routing]) -> None:
         """Keep a forward, and no more: the model waits for this."""
-        computing = self._engine.computing
-        if sum(count for _, count in computing) != len(layers[0].topk_ids_TK):  # not the engine's forward
-            return
-        with self._lock:
-            self._noted.append((computing, layers))
-            if len(self._noted) >= FORWARDS:
+        self._noted.append((self._engine.computing, layers))
+        if len(self._noted) >= FORWARDS:
+            with self._lock:
                 self._share_out()
 
     def _share_out(self) -> None:
         """Give each sequence its tokens of the forwards; before anybody begins or ends to watch."""
-        if not self._noted:
+        noted = [self._noted.popleft() for _ in range(len(self._noted))]  # the engine goes on adding
+        parts = [(of, layers) for of, layers in noted if sum(n for _, n in of) == len(layers[0].topk_ids_TK)]
+        if not parts:  # others' forwards, not the engine's
             return
-        noted, self._noted = self._noted, []
-        routed = Routed.of([layers for _, layers in noted], weights=self._weights, logits=self._logits)
-        start = 0
-        for seq_id, count in itertools.chain.from_iterable(computing for computing, _ in noted):
+        routed = Routed.of([layers for _, layers in parts], weights=self._weights, logits=self._logits)
+        seq_ids, counts = zip(*itertools.chain.from_iterable(of for of, _ in parts), strict=True)
+        of_token = np.repeat(seq_ids, counts)
+        for seq_id in dict.fromkeys(seq_ids):
             kept = self._kept(seq_id)
             if kept is not None:
-                kept.append(routed.rows(start, start + count))
-            start += count
+                kept.append(routed.select(of_token == seq_id))
 
     def _kept(self, seq_id: int) -> list[Routed] | None:
         """Where to put a sequence's experts, if anywhere."""

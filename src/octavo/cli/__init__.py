@@ -6,7 +6,6 @@ a hint), 2 a command line that cannot be read, 130 interrupted. A traceback is a
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -15,25 +14,15 @@ import click
 
 import octavo
 from octavo.cli.terminal import INTERRUPTED, tell_error
+from octavo.cli.verbs import lazy
 from octavo.errors import UserError
 
-VERBS = ("chat", "ui", "generate", "serve", "plan", "tensors", "convert", "quantize", "bench", "train")
+VERBS = ("chat", "ui", "generate", "serve", "plan", "tensors", "convert", "quantize", "bench", "train", "routing")
 
 
-class _Verbs(click.Group):
-    """Finds the verb `x` as `octavo.cli.x.command`, so that nothing is imported for the others."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        command: click.Command = importlib.import_module(f"octavo.cli.{cmd_name}").command
-        return command
-
-
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=lazy("octavo.cli", *VERBS), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(octavo.__version__, "-V", "--version", prog_name="octavo", message="%(prog)s %(version)s")
 def octavo_command() -> None:
     """Sparse mixture-of-experts language models on the memory you have.
@@ -49,6 +38,7 @@ def octavo_command() -> None:
     octavo quantize SRC DST --bits 4   write it in 8, 4, 3 or 2 bits, for the CPU
     octavo bench --shape mixtral-8x7b  measure how fast this machine runs a model
     octavo train CONFIG.toml           train a model from scratch
+    octavo routing report MODEL        look inside: who is routed where, how experts differ
     """
 
 

@@ -14,7 +14,6 @@ import octavo
 from octavo.cli.options import (
     NO_PERSONA,
     choose_persona,
-    converses,
     load,
     model_options,
     parse_pairs,
@@ -88,7 +87,7 @@ def command(
         llm = load(model, dtype, device, bits, memory, loading)
         if interactive:
             _greet(_about(model, llm), speaker)
-        if not converses(llm):
+        if not llm.converses:
             note("the model has no chat template; asked as Mistral's first chat models are")
     else:
         from octavo.remote import RemoteModel

@@ -9,7 +9,6 @@ import click
 
 from octavo.cli.options import (
     choose_persona,
-    converses,
     load,
     model_options,
     parse_pairs,
@@ -67,7 +66,7 @@ def command(
     if not as_json:
         _check_plain(params)
     llm = load(model, dtype, device, bits, memory, loading)
-    if not raw and not (speaker or system is not None or converses(llm)):
+    if not raw and not (speaker or system is not None or llm.converses):
         note("the model has no chat template: PROMPT is completed as plain text (--raw says so silently)")
         raw = True
     if system is None and speaker is not None:

@@ -42,6 +42,7 @@ def plan_to_json(plan: MemoryPlan) -> dict[str, Any]:
         "streamed_experts": plan.streamed,
         "expert_share": plan.share,
         "slots": plan.placement.slots if plan.placement else plan.weights.n_experts,
+        "pinned": sorted(plan.placement.pinned) if plan.placement else [],
         "expert_bytes": plan.weights.expert,
         **dataclasses.asdict(plan.footprint),
         "total": plan.footprint.total,

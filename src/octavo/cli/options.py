@@ -99,7 +99,7 @@ def take_loading(options: dict[str, str]) -> dict[str, Any]:
             raise OptionError(f"context is {found['context']!r}; expected an integer", hint="such as -o context=8192")
         found["context"] = int(found["context"])
     if found.get("trace") == "":
-        raise OptionError("trace is empty; expected a file", hint="octavo.experts.record makes one")
+        raise OptionError("trace is empty; expected a file", hint="octavo routing trace records one")
     if "prefetch" in found:
         if found["prefetch"].lower() not in ("true", "false"):
             raise OptionError(f"prefetch is {found['prefetch']!r}; expected true or false", hint="-o prefetch=true")
@@ -188,9 +188,3 @@ def load(
         if idle and llm.plan.placement is None:
             note(f"every expert is in memory: there is nothing for {' and '.join(idle)} to do")
     return llm
-
-
-def converses(llm: LLM) -> bool:
-    """Whether the folder says how to talk to the model: a chat template, or `[INST]` as a control token."""
-    tokenizer = llm.tokenizer
-    return tokenizer is not None and (tokenizer.chat_template is not None or tokenizer.control_id("[INST]") is not None)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import shlex
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-import octavo
-from octavo.args import ModelArgs
+from octavo.cli.headers import Model, read_model
 from octavo.cli.memory import experts_in_words, plan_to_json
 from octavo.cli.options import SHAPE_BITS
-from octavo.errors import OptionError, UserError
+from octavo.cli.terminal import note
+from octavo.errors import OptionError
 from octavo.machine import disk_bandwidth, free_memory, nvidia_gpu, physical_memory
 from octavo.plan import (
     CHUNK,
@@ -35,19 +34,12 @@ from octavo.plan import (
     show_size,
     verdict,
     weights_at,
-    weights_of_store,
 )
-from octavo.shapes import SHAPES
 
-PUBLISHED = {
-    "mixtral-8x7b": "mistralai/Mixtral-8x7B-Instruct-v0.1",
-    "mixtral-8x22b": "mistralai/Mixtral-8x22B-Instruct-v0.1",
-    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.1",
-}
-"""Where weights of the shapes are on the Hub, in bfloat16."""
+if TYPE_CHECKING:
+    from octavo.experts.replay import TracedPlan
+
 HERE = DEVICES["this machine"]
-FLOATS = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}
-MAX_HEADER_BYTES = 100_000_000  # as `octavo.storage.safetensors` has it
 SAMPLE = 1 << 30  # bytes that memory's bandwidth is measured with: more than caches hold
 READS = 9
 WIDTH = 100
@@ -73,6 +65,7 @@ NEITHER = "not yet: a GPU computes with 16 or 32 bits only, and with all experts
     "--context", type=click.IntRange(1), metavar="N", help=f"Tokens of prompt and reply; by default {DEFAULT_CONTEXT}."
 )
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Sequences at once.")
+@click.option("--trace", metavar="FILE", help="Place the experts by a recorded routing trace, and replay it.")
 @click.option("--measure", is_flag=True, help="First measure this machine's memory and disk, for some seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -82,6 +75,7 @@ def command(
     bits: str | None,
     context: int | None,
     batch: int,
+    trace: str | None,
     measure: bool,
     as_json: bool,
 ) -> None:
@@ -93,10 +87,11 @@ def command(
     \b
     octavo plan mixtral-8x7b
     octavo plan ./mixtral --memory 12GiB --measure
+    octavo plan mixtral-8x7b --memory 12GiB --trace trace.safetensors
     octavo plan mistralai/Mixtral-8x22B-Instruct-v0.1 --device h200 --context 32768
     """
     budget = None if memory is None else parse_size(memory)
-    found = _find(model)
+    found = read_model(model)
     where = _device(device, budget)
     if measure:
         if where.name != HERE.name:
@@ -105,116 +100,22 @@ def command(
     context = min(DEFAULT_CONTEXT, found.args.max_seq_len) if context is None else context
     budget = where.usable if budget is None else budget
     plan = make_plan(found.args, budget, None if bits is None else int(bits), context, batch, store=found.store)
-    report = Report(found, where, plan, memory)
+    traced = None if trace is None else _replayed(trace, plan)
+    report = Report(found, where, traced or plan, memory, traced, trace, plan.share)
     click.echo(json.dumps(report.as_dict(), indent=2) if as_json else "\n".join(report.lines()))
 
 
-# ---------------------------------------- models, without loading them
+def _replayed(path: str, plan: MemoryPlan) -> TracedPlan | None:
+    """The plan by a trace; None where every expert is in memory."""
+    from octavo.experts.replay import plan_from_trace
+    from octavo.experts.trace import read_trace
 
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """What configuration and headers tell of a model.
-
-    Attributes:
-        title: as it was asked for.
-        source: what `octavo chat --model` takes.
-        args: its shape.
-        dtype: of its weights.
-        store: the weights as they lie there, if it is a store.
-        folder: on this machine.
-    """
-
-    title: str
-    source: str
-    args: ModelArgs
-    dtype: str
-    store: Weights | None = None
-    folder: Path | None = None
-
-
-def _find(name: str) -> Model:
-    """A folder that exists goes before a shape of its name, as before a Hub id; menny always ships."""
-    shipped = Path(octavo.__file__).parent / "models" / name
-    if name == "menny" and shipped.is_dir():
-        found = _read_folder(name, shipped) or _open(name, str(shipped))
-        return dataclasses.replace(found, dtype="float32")  # which `LLM.load` computes with, unless told otherwise
-    path = Path(os.path.expanduser(name))
-    if path.exists():
-        return _read_folder(name, path) or _open(name, name)
-    if name in SHAPES:
-        return Model(name, PUBLISHED.get(name, name), SHAPES[name], "bfloat16")
-    if "/" not in name:
-        raise OptionError(
-            f"{name!r} is neither a folder or file here, nor a Hub id, nor a known shape",
-            hint=f"shapes are {', '.join(SHAPES)}",
-        )
-    return _open(name, name)
-
-
-def _read_folder(name: str, folder: Path) -> Model | None:
-    """Read a healthy Hugging Face folder or store without torch; None for all others, of which `_open` knows more."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        if "hidden_size" not in config or (folder / "params.json").exists():
-            return None
-        args = ModelArgs.from_hf(config)
-        tensors = dict(_tensors(folder))
-        kinds = {tensor.in_store for tensor in tensors.values()}
-        in_store = (config.get("quantization_config") or {}).get("quant_method") == "octavo"
-        if kinds != {in_store} or sum(tensor.elements for tensor in tensors.values()) != args.n_params:
-            return None
-        embedding = tensors.get("tok_embeddings.weight") or tensors["model.embed_tokens.weight"]
-        dtype, number = FLOATS[embedding.dtype]
-        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-        store = weights_of_store(args, sizes, number) if in_store else None
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, UserError):
+    trace = read_trace(Path(path))
+    trace.check(plan.args)
+    if plan.placement is None:
+        note("every expert is in memory: there is nothing for trace to do")
         return None
-    return Model(name, name, args, dtype, store, folder)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    dtype: str
-    elements: int
-    nbytes: int
-    in_store: bool
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, _Tensor]]:
-    """What the headers of safetensors files say; any of many exceptions where a file is not as it should be."""
-    index = folder / "model.safetensors.index.json"
-    files = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    for name in sorted(files):
-        with (folder / os.path.basename(name)).open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > MAX_HEADER_BYTES:
-                raise ValueError
-            header = json.loads(file.read(length))
-            size = os.fstat(file.fileno()).st_size - 8 - length
-        notes = json.loads(header.pop("__metadata__", {}).get("octavo", "null"))
-        if max(entry["data_offsets"][1] for entry in header.values()) != size or (notes and notes["version"] != 1):
-            raise ValueError
-        for tensor, entry in header.items():
-            begin, end = entry["data_offsets"]
-            shape = (notes["tensors"][tensor] if notes else {}).get("shape", entry["shape"])
-            yield tensor, _Tensor(entry["dtype"], math.prod(shape), end - begin, notes is not None)
-
-
-def _open(name: str, source: str) -> Model:
-    """Any layout, here or on the Hub; this imports torch, which takes a second."""
-    from octavo.budget import store_weights
-    from octavo.checkpoint import open_checkpoint
-    from octavo.storage.folder import LocalFolder
-
-    checkpoint = open_checkpoint(source)
-    args, folder = checkpoint.args, None
-    if isinstance(checkpoint.folder, LocalFolder):
-        checkpoint.check()
-        folder = checkpoint.folder.path
-    dtype = checkpoint.info("tok_embeddings.weight").dtype
-    store = store_weights(checkpoint) if checkpoint.is_store else None
-    return Model(name, name, args, str(dtype).removeprefix("torch."), store, folder)
+    return plan_from_trace(trace, plan)
 
 
 # ---------------------------------------- devices
@@ -287,12 +188,18 @@ class Report:
         device: where.
         plan: how.
         memory: the budget as it was given.
+        traced: the plan again, if a trace placed its experts.
+        trace: that trace's file.
+        even: how much of the experts would be in memory without it, and so the hit rate of even routing.
     """
 
     model: Model
     device: Device
     plan: MemoryPlan
     memory: str | None
+    traced: TracedPlan | None
+    trace: str | None
+    even: float
 
     def lines(self) -> Iterator[str]:
         """One screen."""
@@ -307,6 +214,8 @@ class Report:
         yield from self._table()
         yield ""
         yield from _entry("plan", self._chosen(), plan.reason)
+        if self.traced is not None:
+            yield from _entry("routing", self._routing(self.traced))
         yield from _entry("ceiling", *self._ceilings())
         yield from _entry("run", *self._commands())
 
@@ -323,6 +232,7 @@ class Report:
             "batch": plan.batch,
             "precisions": [self._row(weights) for weights in self._precisions()],
             "plan": plan_to_json(plan),
+            "trace": None if self.traced is None else self._replay(self.traced),
             "ceilings": {
                 "read_bytes_per_step": round(plan.read_bytes),
                 "disk_bytes_per_step": round(plan.disk_bytes),
@@ -362,6 +272,19 @@ class Report:
         plan, size = self.plan, self.plan.footprint
         experts, cache = experts_in_words(plan), show_size(size.kv_cache)
         return f"{plan.weights.label} in {show_size(size.total)}: {experts}; KV cache {cache}"
+
+    def _routing(self, traced: TracedPlan) -> str:
+        pinned, slots = len(traced.placement.pinned), traced.placement.slots
+        return (
+            f"{self.trace}: {traced.found.hit_rate:.1%} of the bytes asked for would have been there "
+            f"({self.even:.1%} if routing were even, without the trace), by {pinned} pinned experts and {slots} slots "
+            f"for tails; counted over {traced.counted:,} "
+            + ("tokens that pinned none" if traced.batch == 1 else f"steps of {traced.batch} sequences")
+        )
+
+    def _replay(self, traced: TracedPlan) -> dict[str, Any]:
+        found = {"hits": traced.found.hits, "misses": traced.found.misses, "hit_rate": traced.found.hit_rate}
+        return {"file": self.trace, "counted_steps": traced.counted, **found, "even_hit_rate": self.even}
 
     @property
     def _given(self) -> str:
@@ -493,6 +416,8 @@ class Report:
             words += ["--memory", self.memory or f"{plan.budget // 10**8 / 10}GB"]
             if plan.context != min(DEFAULT_CONTEXT, plan.args.max_seq_len):
                 words += ["-o", f"context={plan.context}"]
+            if self.traced is not None and weights is plan.weights:
+                words += ["-o", f"trace={self.trace}"]
         return shlex.join(words)
 
 

@@ -171,6 +171,8 @@ def _check_index(kind: str, value: int, count: int, checkpoint: Checkpoint) -> N
 
 
 def _fetch(model: str, name: str, out: str | None, revision: str | None) -> None:
+    from octavo.storage.safetensors import save_tensors
+
     path = Path(out if out is not None else re.sub(r"[^\w.-]", "_", name) + ".safetensors")
     checkpoint = _open(model, revision)
     info = checkpoint.info(name)
@@ -178,25 +180,6 @@ def _fetch(model: str, name: str, out: str | None, revision: str | None) -> None
         raise OptionError(f"--out {path}: is a file of the model itself", hint="give another name")
     shape = "x".join(map(str, info.shape))
     note(f"{info.nbytes:,} bytes of {info.file} are to be fetched: {name}, {info.encoding} {shape}")
-    _write(checkpoint, name, path)
+    save_tensors({name: checkpoint.read(name)}, path, {"format": "pt"})
     note(f"written{_fetched(checkpoint)}")
     click.echo(str(path))
-
-
-def _write(checkpoint: Checkpoint, name: str, path: Path) -> None:
-    """Beside, and then renamed: no half a file is left behind."""
-    import os
-
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    from octavo.checkpoint.writer import cannot_write
-
-    beside = path.with_name(f".{path.name}.new-{os.getpid()}")
-    try:
-        save_file({name: checkpoint.read(name).contiguous()}, beside, {"format": "pt"})
-        beside.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(path, OSError(str(error))) from error
-    finally:
-        beside.unlink(missing_ok=True)

@@ -20,9 +20,67 @@ from octavo.experts.trace import RoutingTrace, read_trace
 from octavo.plan import MemoryPlan, Placement
 
 SAMPLE = 1_000  # tokens of a trace, which placements are chosen by
+REPLAYED = 4_000  # tokens of a trace, which tell how often a placement would be right
 BETTER = 0.98  # of the bytes that the plan's own placement reads: less is worth another one
 SLOTS = (8, 16, 32, 64, 96, 128)
 PINNED = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of the experts that there is room for
+
+
+@dataclass(frozen=True, eq=False)
+class Requests:
+    """What is asked of a cache: each expert once that a step chose in a layer, by rising number.
+
+    Attributes:
+        keys: [requests], the experts; the one of number e in layer l is l * width + e.
+        groups: [requests], the step and layer that asked, as step * n_layers + layer: what is asked for together.
+        n_steps, n_layers: how many there are.
+        width: numbers of experts in a layer.
+        top_k: experts of a token in a layer.
+    """
+
+    keys: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.int64]
+    n_steps: int
+    n_layers: int
+    width: int
+    top_k: int
+
+    def begin(self, step: int) -> int:
+        """Return the index of a step's first request."""
+        return int(np.searchsorted(self.groups, step * self.n_layers))
+
+
+def requests(topk_ids: npt.NDArray[Any], steps: Sequence[int] | None = None, width: int | None = None) -> Requests:
+    """Return what the tokens of a trace ask of a cache.
+
+    Args:
+        topk_ids: [tokens, layers, top_k], as of a `RoutingTrace`.
+        steps: how many tokens are computed together, one step after another; by default each alone, as in decoding.
+        width: how many experts a layer has; by default as many as the highest number tells of.
+
+    Raises:
+        OptionError: the steps do not make up the trace.
+    """
+    tokens, layers, top_k = topk_ids.shape
+    steps = [1] * tokens if steps is None else steps
+    check_steps(steps, tokens)
+    width = int(topk_ids.max()) + 1 if width is None else width
+    groups = np.repeat(np.arange(len(steps)), steps)[:, None] * layers + np.arange(layers)
+    asked = np.unique(groups[:, :, None] * width + topk_ids)
+    groups = asked // width
+    return Requests(asked - groups // layers * (layers * width), groups, len(steps), layers, width, top_k)
+
+
+def check_steps(steps: Sequence[int], tokens: int) -> None:
+    """See that steps make up a trace of so many tokens.
+
+    Raises:
+        OptionError: they do not, or one has none.
+    """
+    if sum(steps) != tokens:
+        raise OptionError(f"the steps have {sum(steps)} tokens, the trace {tokens}", hint="all are needed")
+    if min(steps) < 1:
+        raise OptionError(f"a step has {min(steps)} tokens; expected at least 1", hint="leave such steps out")
 
 
 @dataclass(frozen=True)
@@ -62,7 +120,7 @@ def replay(
         steps: how many tokens are computed together, one step after another; by default each alone, as in decoding.
         skip: so many steps at first fill the slots and are not counted.
     """
-    return _replay(list(_asked(topk_ids, steps)), placement, n_experts, expert_nbytes, skip * topk_ids.shape[1])
+    return replay_requests(requests(topk_ids, steps), placement, n_experts, expert_nbytes, skip)
 
 
 def placement_from_trace(trace: RoutingTrace | str | Path, plan: MemoryPlan) -> Placement:
@@ -86,10 +144,10 @@ def placement_from_trace(trace: RoutingTrace | str | Path, plan: MemoryPlan) -> 
     trace.check(plan.args)
     ids, weights = trace.topk_ids[:SAMPLE], plan.weights
     half = len(ids) // 2
-    asked = list(_asked(ids, None))
+    asked = requests(ids)
 
     def nbytes(placement: Placement) -> int:
-        return _replay(asked, placement, weights.n_experts, weights.expert, half * ids.shape[1]).nbytes
+        return replay_requests(asked, placement, weights.n_experts, weights.expert, half).nbytes
 
     best, least = plan.placement, nbytes(plan.placement) * BETTER
     for candidate in _candidates(_by_frequency(ids[:half]), plan.placement, weights.n_experts, weights.expert):
@@ -98,37 +156,77 @@ def placement_from_trace(trace: RoutingTrace | str | Path, plan: MemoryPlan) -> 
     return best
 
 
+@dataclass(frozen=True)
+class TracedPlan(MemoryPlan):
+    """A plan whose experts are placed by a trace, and whose speeds follow from what that would have read.
+
+    Attributes:
+        placement: as a plan's; it always has one.
+        counted: steps that were replayed and counted.
+        found: what they would have found.
+    """
+
+    placement: Placement
+    counted: int
+    found: ReplayResult
+
+    @property
+    def _touched(self) -> float:
+        """Experts that a step asks for."""
+        return (self.found.hits + self.found.misses) / self.counted
+
+    @property
+    def disk_bytes(self) -> float:
+        """Bytes that a step reads from disk."""
+        return self.found.nbytes / self.counted
+
+
+def plan_from_trace(trace: RoutingTrace | str | Path, plan: MemoryPlan) -> TracedPlan:
+    """Place a plan's experts as `placement_from_trace` does, and replay the trace.
+
+    Replayed are its first 4000 tokens. The second half of them is counted, by which no expert was pinned. For a batch
+    they are cut into as many pieces of one length, which go side by side, and the second half of each piece is counted;
+    in the first piece these may be tokens by which experts were pinned.
+
+    Raises:
+        OptionError: see `placement_from_trace`; or the trace has fewer than two tokens a sequence.
+        CheckpointError: the file cannot be read.
+    """
+    trace = trace if isinstance(trace, RoutingTrace) else read_trace(trace)
+    placement, weights, batch = placement_from_trace(trace, plan), plan.weights, plan.batch
+    steps = min(trace.n_tokens, REPLAYED) // batch
+    if steps < 2:
+        raise OptionError(
+            f"the trace has {trace.n_tokens} tokens; {2 * batch} or more tell how {batch} sequences are routed",
+            hint="record a longer text",
+        )
+    side_by_side = trace.topk_ids[: steps * batch].reshape(batch, steps, *trace.topk_ids.shape[1:]).swapaxes(0, 1)
+    ids = side_by_side.reshape(-1, *trace.topk_ids.shape[1:])
+    found = replay(ids, placement, weights.n_experts, weights.expert, steps=[batch] * steps, skip=steps // 2)
+    fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    return TracedPlan(**{**fields, "placement": placement}, counted=steps - steps // 2, found=found)
+
+
 _Key = tuple[int, int]
-_Asked = tuple[int, bool, list[int]]
-"""Layer, whether those that are held come first, and the experts by rising number."""
 
 
-def _asked(topk_ids: npt.NDArray[Any], steps: Sequence[int] | None) -> Iterator[_Asked]:
-    """What each step asks for in each layer."""
-    tokens, layers, top_k = topk_ids.shape
-    steps = [1] * tokens if steps is None else steps
-    if sum(steps) != tokens:
-        raise OptionError(f"the steps have {sum(steps)} tokens, the trace {tokens}")
-    begin = 0
-    for step in steps:
-        for layer in range(layers):
-            yield layer, top_k <= 2, np.unique(topk_ids[begin : begin + step, layer]).tolist()
-        begin += step
-
-
-def _replay(
-    asked: Sequence[_Asked], placement: Placement, n_experts: int, expert_nbytes: int, skip: int
+def replay_requests(
+    asked: Requests, placement: Placement, n_experts: int, expert_nbytes: int, skip: int = 0
 ) -> ReplayResult:
-    share, pinned = placement.head_share(n_experts, expert_nbytes), placement.pinned
-    slots: OrderedDict[_Key, None] = OrderedDict()  # longest ago first
+    """Do what `replay` does, with requests that were made before."""
+    share, width = placement.head_share(n_experts, expert_nbytes), asked.width
+    pinned = {layer * width + expert for layer, expert in placement.pinned if expert < width}
+    ends = np.searchsorted(asked.groups, np.arange(asked.n_steps * asked.n_layers), side="right").tolist()
+    first, begin, every = asked.begin(skip), 0, asked.keys.tolist()
+    slots: OrderedDict[int, None] = OrderedDict()  # longest ago first
     hits = misses = 0
-    for number, (layer, held_first, experts) in enumerate(asked):
-        keys = [(layer, expert) for expert in experts if (layer, expert) not in pinned]
-        found = len(experts) - len(keys)
+    for end in ends:
+        keys = [key for key in every[begin:end] if key not in pinned]
+        found = end - begin - len(keys)
         if share >= 1:
             found += len(keys)
             keys = []
-        if held_first:
+        if asked.top_k <= 2:  # those that are held come first, as in `StreamedExperts`
             keys.sort(key=lambda key: key not in slots)
         for key in keys:
             if key in slots:
@@ -138,9 +236,10 @@ def _replay(
                 if len(slots) >= placement.slots:
                     slots.popitem(last=False)
                 slots[key] = None
-        if number >= skip:
+        if begin >= first:
             hits += found
-            misses += len(experts) - found
+            misses += end - begin - found
+        begin = end
     there = (hits + misses * share) / max(1, hits + misses)
     return ReplayResult(hits, misses, there, round(misses * (1 - share) * expert_nbytes))
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from octavo.args import ModelArgs
@@ -29,7 +27,7 @@ from octavo.errors import CheckpointError, OptionError
 from octavo.hooks import observed
 from octavo.model import Mixtral, Routing
 from octavo.storage.files import PlainFile
-from octavo.storage.safetensors import SafetensorsFile
+from octavo.storage.safetensors import SafetensorsFile, save_tensors
 
 Array = npt.NDArray[Any]
 _ENCODINGS = {
@@ -198,27 +196,15 @@ class RoutingTrace:
         Raises:
             CheckpointError: the disk is full, or the place cannot be written.
         """
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.new-{os.getpid()}")
-        try:
-            save_file(self._tensors(), beside, {_NOTES: json.dumps(self._notes())})
-            beside.replace(path)
-        except Exception as error:  # safetensors has an exception of its own for a full disk
-            raise CheckpointError(
-                f"{path}: could not be written ({error})", hint="is the disk full, or not yours to write?"
-            ) from error
-        finally:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
+        save_tensors(self._tensors(), Path(path), {_NOTES: json.dumps(self._notes())})
 
-    def _tensors(self) -> dict[str, Array]:
-        found = {name: getattr(self, name) for name in _ENCODINGS if name in vars(self)}
-        tensors = {name: np.ascontiguousarray(array) for name, array in found.items() if array is not None}
+    def _tensors(self) -> dict[str, Tensor]:
+        arrays = {name: getattr(self, name) for name in _ENCODINGS if name in vars(self)}
         if self.pieces is not None:
             encoded = [piece.encode("utf-8", "replace") for piece in self.pieces]
-            tensors["text"] = np.frombuffer(b"".join(encoded), np.uint8)
-            tensors["text_ends"] = np.cumsum([len(piece) for piece in encoded], dtype=np.int64)
-        return tensors
+            arrays["text"] = np.frombuffer(bytearray(b"".join(encoded)), np.uint8)
+            arrays["text_ends"] = np.cumsum([len(piece) for piece in encoded], dtype=np.int64)
+        return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items() if a is not None}
 
     def _notes(self) -> dict[str, Any]:
         notes = {name: getattr(self, name) for name in ("labels", "n_experts", "model", "revision")}
@@ -310,10 +296,10 @@ class Routed(NamedTuple):
         ids, weights, logits = zip(*parts, strict=True)
         return cls(np.concatenate(ids), _joined(weights), _joined(logits))
 
-    def rows(self, begin: int, end: int) -> Routed:
+    def select(self, tokens: Array | slice) -> Routed:
         """A copy of some of the tokens."""
-        weights, logits = (None if one is None else one[begin:end].copy() for one in self[1:])
-        return Routed(self.ids[begin:end].copy(), weights, logits)
+        weights, logits = (None if one is None else one[tokens].copy() for one in self[1:])
+        return Routed(self.ids[tokens].copy(), weights, logits)
 
 
 def _stacked(layers: Sequence[Sequence[Tensor]]) -> Array:

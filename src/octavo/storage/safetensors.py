@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from octavo.errors import CheckpointError
@@ -241,3 +246,25 @@ class ShardedSafetensors(TensorSource):
         if name not in self._shards:
             self._shards[name] = self._open_shard(self._folder.file(name))
         return self._shards[name]
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file of tensors beside its place, and move it there.
+
+    Raises:
+        CheckpointError: the disk is full, or the place cannot be written; what was there is untouched.
+    """
+    beside = path.with_name(f".{path.name}.new-{os.getpid()}")
+    try:
+        beside.touch()
+        mode = beside.stat().st_mode  # of any file of this user; safetensors would make it the owner's alone
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, dict(metadata or {}))
+        beside.chmod(mode)
+        beside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: could not be written ({error})", hint="is the disk full, or not yours to write?"
+        ) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
