@@ -16,7 +16,7 @@ serve: .venv/ui.stamp
 	@$(BIN)/octavo serve --ui
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/test.stamp
 	$(BIN)/ruff check .

@@ -263,7 +263,7 @@ def test_work_takes_what_was_counted(changes: dict[str, Any], bits: int, tokens:
     line = [sys.executable, "-c", WORK, repr(args), str(tokens), str(bits)]
     done = subprocess.run(line, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     work = workspace_bytes(args, weights_at(args, bits), tokens, 1) + kv_cache_bytes(args, tokens, 1, 2)
-    assert 0.5 * (work - SLACK) < int(done.stdout) < work
+    assert 0.3 * (work - SLACK) < int(done.stdout) < work  # memory of the first run is used again, more or less of it
 
 
 # ---------------------------------------- plans
