@@ -8,6 +8,7 @@ those that have routers; layer None, "*" as text, is all of them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ NEVER = float("-inf")  # the logit of an expert that must not be chosen
 PARALLEL = 1e-4  # of two unit directions: what is left of one without the other, below which they count as the same
 
 
-class Intervention:
+class Intervention(ABC):
     """What all have in common; `str` gives the text that `parse_intervention` reads."""
 
     layer: int | None  # None: all
@@ -39,9 +40,9 @@ class Intervention:
         """Whether a layer is meant."""
         return self.layer is None or self.layer == layer
 
+    @abstractmethod
     def begin(self) -> Change:
         """Start: what is random begins with its seed."""
-        raise NotImplementedError
 
     def control(self, random: np.random.Generator, n_experts: int) -> Intervention | None:
         """One of the same kind that means chance's experts or direction; None where there is no such."""
