@@ -47,7 +47,8 @@ class Variant:
     arm: bool = False
 
 
-# Only the plain one is optimised: most of the time goes into compiling. Under sanitizers avx512vnni reads and writes as
+# Only the plain one is optimised: most of the time goes into compiling. Of it the library is taken that the package was
+# built with, where that is there. Under sanitizers avx512vnni reads and writes as
 # avx512vbmi does, and the pool cares for no instruction set.
 PLAIN = Variant("plain", "all")
 MEMORY = Variant(
@@ -86,6 +87,13 @@ def read_cmake() -> dict[str, tuple[list[str], list[str]]]:
     return flags
 
 
+def find_library() -> Path | None:
+    """The kernels as the package has them, unless a source has changed since."""
+    newest = max(path.stat().st_mtime for path in (ROOT / "CMakeLists.txt", *(ROOT / "csrc").glob("*.*")))
+    built = (ROOT / "build").glob("*/liboctavo_kernels.a")
+    return next((path for path in built if path.stat().st_mtime > newest), None)
+
+
 def run(*command: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=280, check=False)
 
@@ -108,6 +116,7 @@ class Builds:
         self.missing: dict[Variant, str] = {}
         self.objects: dict[Variant, list[Future[Path]]] = {}
         self.printed: dict[Variant, str] = {}
+        self.library: dict[Variant, Path | None] = {}
         for variant in variants:
             self._start(variant)
 
@@ -118,7 +127,8 @@ class Builds:
         if variant in self.printed:
             return self.printed[variant]
         program = self.folder / variant.name / "check"
-        objects = [future.result() for future in self.objects[variant]]
+        library = self.library[variant]
+        objects = [*(future.result() for future in self.objects[variant]), *([library] if library else [])]
         linked = run(*self._command(variant), *objects, "-o", program)
         assert not linked.returncode, linked.stderr
         command: list[str | Path] = [program, variant.argument]
@@ -137,7 +147,8 @@ class Builds:
             self.missing[variant] = missing
             return
         jobs = [(f"tests/{check.stem}", list[str]()) for check in sorted((ROOT / "csrc/tests").glob("*.cpp"))]
-        for source, (flags, of_cpu) in read_cmake().items():
+        self.library[variant] = find_library() if variant == PLAIN else None
+        for source, (flags, of_cpu) in read_cmake().items() if self.library[variant] is None else ():
             wanted = variant.sets is None or source in variant.sets
             known = wanted and of_cpu and self._builds(variant, *of_cpu)
             jobs.append((source, [*flags, *(of_cpu if known else ())]))
