@@ -4,9 +4,10 @@ The order is fixed, and each stage is skipped when its option is off::
 
     logit_bias, repetition penalty, frequency / presence -> temperature, top_k, top_p, min_p -> one draw
 
-Everything works on one sequence's float32 logits `[V]` (V vocabulary). Randomness comes from an explicit CPU
-`torch.Generator`, one uniform number per token, so a seed gives the same draws on every device and for every
-vocabulary, and a sequence's tokens never depend on what else is being generated.
+Everything works on one sequence's float32 logits `[V]` (V vocabulary); `octavo.sampling_batch` makes the same choices
+for a whole batch. Randomness comes from an explicit CPU `torch.Generator`, one uniform number per token, so a seed
+gives the same draws on every device and for every vocabulary, and a sequence's tokens never depend on what else is
+being generated.
 
 Shapes: V vocabulary, N candidates left after top_k (N = V when top_k is off).
 """
@@ -27,6 +28,10 @@ from octavo.errors import OctavoError, OptionError
 
 # Below this, float32 logits divided by the temperature overflow; the distribution is the argmax long before.
 GREEDY_BELOW = 1e-6
+# float32 takes what is above 3e38 for infinite, and a logit of -inf over that is NaN.
+MAX_DIVISOR = 1e38
+# Sizes in which to look for the largest logits, before a whole vocabulary is sorted.
+FEW = (64, 1024)
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 
@@ -307,13 +312,14 @@ def filter_top_p(logits_N: Tensor, p: float) -> Tensor:
     """
     if p >= 1.0:
         return logits_N
-    probs_N = logits_N.softmax(0).double()
+    weights_N = weights(logits_N - logits_N.max())
+    total = weights_N.cumsum(0)[-1]  # not sum(), whose order of adding depends on how many there are
     # A nucleus is mostly small: look among the few largest before sorting a whole vocabulary. Logits are compared, as
     # two that differ may have the same probability after rounding.
-    for size in (64, 1024, logits_N.numel()):
+    for size in (*FEW, logits_N.numel()):
         size = min(size, logits_N.numel())
         largest, ids = logits_N.topk(size)
-        cumulative = probs_N[ids].cumsum(0)
+        cumulative = weights_N[ids].cumsum(0) / total
         if float(cumulative[-1]) >= p:
             break
     n_kept = min(int((cumulative < p).sum()) + 1, size)
@@ -334,8 +340,7 @@ def filter_min_p(logits_N: Tensor, p: float) -> Tensor:
 
 def _filter(logits_N: Tensor, params: SamplingParams) -> Tensor:
     """Temperature, top_p and min_p. The largest logit becomes 0, so no temperature overflows."""
-    # float32 would take what is above 3e38 for infinite, and a logit of -inf over that is NaN.
-    scaled_N = (logits_N - logits_N.max()) / min(params.temperature, 1e38)
+    scaled_N = (logits_N - logits_N.max()) / min(params.temperature, MAX_DIVISOR)
     return filter_min_p(filter_top_p(scaled_N, params.top_p), params.min_p)
 
 
@@ -346,7 +351,7 @@ def distribution(logits_V: Tensor, params: SamplingParams, history: History | No
         probs_V = torch.zeros(logits_V.numel(), dtype=torch.float64)
         probs_V[logits_V.argmax()] = 1.0
         return probs_V
-    weights_V = _weights(_filter(filter_top_k(logits_V, params.top_k), params))
+    weights_V = weights(_filter(filter_top_k(logits_V, params.top_k), params))
     return weights_V / weights_V.sum()
 
 
@@ -378,9 +383,12 @@ def sample(logits_V: Tensor, params: SamplingParams, generator: torch.Generator,
     return _draw(_filter(logits_V, params), generator)
 
 
-def _weights(logits_N: Tensor) -> Tensor:
-    """Unnormalised probabilities of logits whose largest is 0, float64 as many of them will be summed."""
-    return logits_N.exp().double()
+def weights(logits_N: Tensor) -> Tensor:
+    """Unnormalised probabilities of logits whose largest is 0; any shape.
+
+    float64, as many of them will be summed, and as devices' exponentials then differ too little to change a draw.
+    """
+    return logits_N.double().exp()
 
 
 def _draw(logits_N: Tensor, generator: torch.Generator) -> int:
@@ -388,9 +396,13 @@ def _draw(logits_N: Tensor, generator: torch.Generator) -> int:
 
     The first index whose cumulative weight exceeds u * total, u in [0, 1): a weight of 0 is never drawn.
     """
-    cumulative_N = _weights(logits_N).cumsum(0)
-    u = torch.rand(1, generator=generator, dtype=torch.float64)
-    return int(torch.searchsorted(cumulative_N, u * cumulative_N[-1], right=True))
+    cumulative_N = weights(logits_N).cumsum(0)
+    return int(torch.searchsorted(cumulative_N, uniform(generator) * cumulative_N[-1], right=True))
+
+
+def uniform(generator: torch.Generator) -> Tensor:
+    """The random number of one draw: float64 `[1]` in [0, 1), on the CPU."""
+    return torch.rand(1, generator=generator, dtype=torch.float64)
 
 
 def _require_finite(largest: Tensor, logits_V: Tensor) -> None:
