@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 def command(config: str, resume: bool, as_json: bool) -> int:
     """Train the model that CONFIG (a TOML file) describes.
 
+    On the way it says how many tokens it trains on a second, and the model FLOP utilisation (MFU): the arithmetic
+    that these tokens need, as a share of what the device was measured to reach in a large matrix product.
+
     Everything is written into the folder its [run] out names: checkpoints, metrics.jsonl, curves, and in the end
     the model, which octavo chat --model loads. Ctrl-C finishes the step, writes a checkpoint and exits with 130;
     the same command goes on from there.
@@ -54,6 +57,8 @@ def _summary(result: TrainResult) -> dict[str, Any]:
             "spoken_loss": _finite(heldout.spoken_loss),
             "tokens": heldout.tokens,
         },
+        "tokens_per_s": _finite(result.tokens_per_s),
+        "mfu": _finite(result.mfu),
         "model": None if result.model_folder is None else str(result.model_folder),
     }
 

@@ -66,9 +66,15 @@ class Batch(NamedTuple):
     weights: Tensor
     spoken: Tensor
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that the model reads; the batch must be on the host."""
+        return int((self.positions >= 0).sum())
+
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        """The same batch on another device, on its way there: a card copies from pinned memory by itself."""
+        pinned = (tensor.pin_memory() if device.type == "cuda" else tensor for tensor in self)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in pinned))
 
 
 def tokenize_document(record: Any, tokenizer: Tokenizer, template: ChatTemplate) -> Document:
@@ -193,6 +199,21 @@ class Rows:
     def n_targets(self) -> int:
         """Tokens that are a target: neither pads nor first of their document."""
         return int((self.kinds >= READ).sum())
+
+    def mean_visible(self, window: int | None = None) -> float:
+        """How many tokens a token that the model reads attends to on average, itself included.
+
+        Args:
+            window: the model's sliding window; a document's own tokens are all there is to see besides.
+        """
+        total = tokens = 0
+        for start in range(0, len(self), 4096):  # a part at a time: the numbers are larger than the rows
+            kinds = self.kinds[start : start + 4096, :-1]
+            column = np.arange(kinds.shape[1])
+            first = np.maximum.accumulate(np.where(kinds == START, column, 0), axis=1)
+            visible = np.minimum(column - first + 1, window or kinds.shape[1])[kinds != PAD]
+            total, tokens = total + int(visible.sum()), tokens + len(visible)
+        return total / max(1, tokens)
 
     def batch(self, indices: npt.NDArray[np.int64] | slice, user_loss_weight: float = 1.0) -> Batch:
         """The rows of these indices as tensors; `user_loss_weight` is the weight of READ targets."""

@@ -68,11 +68,13 @@ class RouterTap:
 
     def expert_counts_LE(self, num_experts: int, mask_T: Tensor | None = None) -> Tensor:
         """How many (token, choice) pairs went to each expert, layer by layer: int64 [L, E], pads left out."""
-        rows = []
-        for ids_TK in self.topk_ids_TK:
-            kept = ids_TK if mask_T is None else ids_TK[mask_T.reshape(-1).bool()]
-            rows.append(torch.bincount(kept.reshape(-1), minlength=num_experts))
-        return torch.stack(rows) if rows else torch.zeros(0, num_experts, dtype=torch.int64)
+        if not self.topk_ids_TK:
+            return torch.zeros(0, num_experts, dtype=torch.int64)
+        ids_LTK = torch.stack(self.topk_ids_TK)
+        counted_T = ids_LTK.new_ones(ids_LTK.shape[1]) if mask_T is None else mask_T.reshape(-1).bool().long()
+        counts_LE = ids_LTK.new_zeros(len(ids_LTK), num_experts)
+        # not bincount, nor ids[mask]: the sizes of what they return depend on numbers that only the device knows
+        return counts_LE.scatter_add_(1, ids_LTK.flatten(1), counted_T[:, None].expand_as(ids_LTK).flatten(1))
 
 
 def load_balancing_loss(

@@ -3,7 +3,11 @@
 What a step computes is a pure function of the weights, the optimiser's state and the step's number: there is no
 dropout, and the order of the rows follows from seed and step. So a resumed run repeats the losses of an
 uninterrupted one bit for bit: on the CPU always, given the same number of threads; on CUDA up to the order in
-which atomic additions happen.
+which atomic additions happen (in the backward passes of the embedding and of attention). A run may change devices at a
+checkpoint; rounding then differs, and nothing else.
+
+A step asks nothing of the device that it would have to wait for. What a step has to say (its losses, its norm) is
+read when the next one is under way, and before anything is written that must not be wrong.
 """
 
 from __future__ import annotations
@@ -12,29 +16,27 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from octavo.args import ModelArgs
 from octavo.checkpoint.writer import save_folder
 from octavo.errors import ConfigError
 from octavo.model import Mixtral
-from octavo.train.config import OptimConfig, TrainConfig
+from octavo.train.attention import use_training_attention
+from octavo.train.config import LossConfig, OptimConfig, TrainConfig
 from octavo.train.data import Batch, Order, Rows, load_rows, load_tokenizer
-from octavo.train.experts import use_training_experts
+from octavo.train.device import HostCopy, Moment, choose_device, choose_dtype, matrix_rate
+from octavo.train.experts import grouped_products, use_training_experts
+from octavo.train.flops import flops_per_token
 from octavo.train.losses import RouterTap, load_balancing_loss, router_z_loss, weighted_cross_entropy
-from octavo.train.state import checkpoints, load_newest, save_checkpoint, write_whole
+from octavo.train.progress import MetricsFile, Pace, Stop, make_bar, say
+from octavo.train.state import checkpoints, load_newest, save_checkpoint
 
 INIT_STD = 0.02
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "added_tokens.json", "chat_template.jinja")
@@ -67,6 +69,9 @@ class TrainResult:
         ce: training cross-entropy of the last step, NaN if none was taken.
         heldout: the last evaluation, or None.
         model_folder: the exported model in HF layout; None if not finished.
+        tokens_per_s: tokens trained on a second in this sitting, pads, evaluation and writing left out; NaN if no
+            step was taken.
+        mfu: model FLOP utilisation in this sitting (`octavo.train.progress.Speed`); NaN likewise.
     """
 
     step: int
@@ -74,6 +79,8 @@ class TrainResult:
     ce: float
     heldout: HeldOut | None
     model_folder: Path | None
+    tokens_per_s: float
+    mfu: float
 
 
 @dataclass
@@ -89,6 +96,28 @@ class StepMetrics:
     grad_norm: float
     tokens: int
     load: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class LaunchedStep:
+    """A step that the device may still be computing.
+
+    Attributes:
+        metrics: what the host knows of it already; the rest is NaN.
+    """
+
+    metrics: StepMetrics
+    numbers: HostCopy
+    weight_of: LossConfig
+
+    def read(self) -> StepMetrics:
+        """Wait for the step, and complete its metrics."""
+        sums, counts_LE = self.numbers.read()
+        ce, balance, z, norm = sums.tolist()
+        loss = ce + self.weight_of.balance * balance + self.weight_of.z * z
+        return dataclasses.replace(
+            self.metrics, loss=loss, ce=ce, balance=balance, z=z, grad_norm=norm, load=_shares(counts_LE)
+        )
 
 
 def init_weights(model: nn.Module, seed: int) -> None:
@@ -129,36 +158,6 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device a config names; "auto" is CUDA if there is one.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"[run] device: {name!r} is no device", hint="auto, cpu or cuda") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise ConfigError(f"[run] device: {name!r} is not available here", hint="auto takes what there is")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of matrix products and the reason for it."""
-    if name != "auto":
-        return (torch.bfloat16 if name == "bfloat16" else torch.float32), "as configured"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported():
-            return torch.bfloat16, "the GPU computes in it"
-        return torch.float32, "the GPU has no bfloat16"
-    if torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16, "found avx512_bf16"
-    return torch.float32, "the CPU has no bfloat16 instructions"
-
-
 class Trainer:
     """A model, its optimiser and its data; `train` drives it.
 
@@ -190,7 +189,10 @@ class Trainer:
         rows_per_step = config.optim.batch_rows * config.optim.accumulation
         self.order = Order(len(self.rows), rows_per_step, config.run.seed)
         self.model = Mixtral(training_args(config.model, seq_len))
-        use_training_experts(self.model)
+        if self.device.type == "cuda":
+            use_training_attention(self.model)
+        self.grouped, self.experts_reason = grouped_products(self.device, self.dtype, config.model)
+        use_training_experts(self.model, self.grouped)
         init_weights(self.model, config.run.seed)
         self.model.to(self.device).train()
         self.optimizer = make_optimizer(self.model, config.optim)
@@ -203,29 +205,33 @@ class Trainer:
 
     def train_step(self) -> StepMetrics:
         """Read the rows of step `self.step`, update the weights once and count the step."""
+        return self.launch_step().read()
+
+    def launch_step(self) -> LaunchedStep:
+        """`train_step`, without waiting for the device; later calls see its weights whether it was read or not."""
         config, optim = self.config, self.config.optim
         rate = learning_rate(self.step, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        whole = self.rows.batch(self.order.rows_of(self.step), config.loss.user_loss_weight)
-        total_weight = whole.weights.sum().clamp_min(1e-6).to(self.device)
+        rows = self.rows.batch(self.order.rows_of(self.step), config.loss.user_loss_weight)
+        whole = rows.to(self.device)
+        total_weight = whole.weights.sum().clamp_min(1e-6)
         sums = torch.zeros(3, device=self.device)
-        counts_LE: Tensor | None = None
+        counts: list[Tensor] = []
         for n in range(optim.accumulation):
             part = slice(n * optim.batch_rows, (n + 1) * optim.batch_rows)
-            batch = Batch(*(tensor[part] for tensor in whole)).to(self.device)
-            terms, counts = self._backward(batch, total_weight)
+            terms, counts_LE = self._backward(Batch(*(tensor[part] for tensor in whole)), total_weight)
             sums += terms
-            counts_LE = counts if counts_LE is None else counts_LE + counts
+            counts.append(counts_LE)
         clip = optim.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        ce, balance, z = sums.tolist()
-        loss = ce + config.loss.balance * balance + config.loss.z * z
-        tokens = int((whole.positions >= 0).sum())
-        return StepMetrics(self.step, loss, ce, balance, z, rate, float(norm), tokens, _shares(counts_LE))
+        unknown = math.nan
+        metrics = StepMetrics(self.step, unknown, unknown, unknown, unknown, rate, unknown, rows.n_tokens)
+        numbers = HostCopy(self.device, torch.cat([sums, norm[None]]), torch.stack(counts).sum(0))
+        return LaunchedStep(metrics, numbers, config.loss)
 
     def _backward(self, batch: Batch, total_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Forward and backward of one part of a step.
@@ -259,7 +265,7 @@ class Trainer:
         if self.heldout_rows is None:
             return None
         rows, size = self.heldout_rows, self.config.optim.batch_rows
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         self.model.eval()
         for start in range(0, min(len(rows), self.config.run.eval_rows), size):
             stop = min(start + size, self.config.run.eval_rows)
@@ -268,12 +274,12 @@ class Trainer:
                 logits_BTV = self.model(batch.ids, positions_BT=batch.positions)
             spoken = batch.spoken.float()
             for n, weights in enumerate((batch.weights, spoken)):
-                sums[n] += weighted_cross_entropy(logits_BTV, batch.targets, weights).item()
-                sums[n + 2] += weights.sum().item()
+                sums[n] += weighted_cross_entropy(logits_BTV, batch.targets, weights)
+                sums[n + 2] += weights.sum()
         self.model.train()
-        loss = sums[0].item() / max(1.0, sums[2].item())
-        spoken_loss = sums[1].item() / max(1.0, sums[3].item())
-        return HeldOut(loss, math.exp(min(loss, 80.0)), spoken_loss, int(sums[2]))
+        nats, spoken_nats, tokens, spoken_tokens = sums.tolist()
+        loss = nats / max(1.0, tokens)
+        return HeldOut(loss, math.exp(min(loss, 80.0)), spoken_nats / max(1.0, spoken_tokens), int(tokens))
 
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on."""
@@ -303,7 +309,10 @@ class Trainer:
                 hint="choose another [run] out, or delete the old one",
             )
         self.model.load_state_dict(state["model"])
+        settings = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, present in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(present)  # torch would go on with the checkpoint's
         torch.set_rng_state(state["rng"])
         self.step = int(state["step"])
         return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
@@ -340,8 +349,8 @@ def training_args(args: ModelArgs, seq_len: int) -> ModelArgs:
     return dataclasses.replace(args, sliding_window=window, max_seq_len=max(args.max_seq_len, (seq_len + 1) ** 2))
 
 
-def _shares(counts_LE: Tensor | None) -> list[list[float]]:
-    if counts_LE is None or not counts_LE.numel():
+def _shares(counts_LE: Tensor) -> list[list[float]]:
+    if not counts_LE.numel():
         return []
     shares = counts_LE.double() / counts_LE.sum(-1, keepdim=True).clamp_min(1)
     return [[round(share, 5) for share in layer] for layer in shares.tolist()]
@@ -355,58 +364,6 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def say(message: str) -> None:
-    """One line to stderr, above the progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
-
-
-class _Stop:
-    """Turns the first Ctrl-C (or SIGTERM) into a flag, so that a step and a checkpoint are finished first."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        say("stopping after this step; once more to stop at once")
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[_Stop]:
-        try:
-            for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-                self._before[number] = signal.signal(number, self._ask)
-        except ValueError:  # not the main thread: signals are somebody else's
-            pass
-        try:
-            yield self
-        finally:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
-
-
-class _Metrics:
-    """metrics.jsonl: one line a logged step or evaluation, appended as it happens."""
-
-    def __init__(self, path: Path, after_step: int) -> None:
-        """Open for appending; lines later than `after_step` belong to a future that is not resumed from."""
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if path.exists() and after_step:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    if json.loads(line)["step"] <= after_step:
-                        kept.append(line + "\n")
-        write_whole(path, lambda file: file.write("".join(kept).encode()))
-
-    def add(self, record: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
 
 
 def train(config: TrainConfig, resume: bool = True) -> TrainResult:
@@ -443,10 +400,13 @@ class _Run:
             say(f"resuming from {path}, step {self.trainer.step}")
             for line in changed:
                 say(f"  changed since: {line}")
-        self.metrics = _Metrics(self.out / "metrics.jsonl", self.trainer.step)
+        self.metrics = MetricsFile(self.out / "metrics.jsonl", self.trainer.step)
         self.saved = self.trainer.step if newest is not None else -1
         self.ce = math.nan
         self.heldout: HeldOut | None = None
+        self.launched: LaunchedStep | None = None
+        self.bar: Any = None
+        self.pace = Pace(math.nan)
 
     def introduce(self) -> None:
         trainer, args, optim = self.trainer, self.config.model, self.config.optim
@@ -459,33 +419,55 @@ class _Run:
             f"{len(trainer.rows):,} rows, {trainer.rows.n_targets:,} targets; {optim.steps:,} steps of "
             f"{trainer.order.rows_per_step} rows, {epochs:.1f} epochs"
         )
+        if trainer.step < optim.steps:
+            self.measure()
+
+    def measure(self) -> None:
+        """Find what the device can do, and say it, with how the experts are laid out."""
+        trainer, args = self.trainer, self.config.model
+        rate = matrix_rate(trainer.device, trainer.dtype)
+        flops = flops_per_token(args, trainer.rows.mean_visible(args.sliding_window))
+        self.pace = Pace(flops / rate)
+        say(
+            f"{flops / 1e6:,.1f} MFLOPs a token; the device multiplies matrices at {rate / 1e12:.3g} TFLOP/s (measured)"
+        )
+        if args.moe is not None and trainer.device.type == "cuda":
+            layout = "in grouped products" if trainer.grouped else "one by one"
+            say(f"experts are computed {layout}: {trainer.experts_reason}")
 
     def drive(self) -> TrainResult:
         self.introduce()
         trainer, run, steps = self.trainer, self.config.run, self.config.optim.steps
-        stop = _Stop()
-        bar = _bar(trainer.step, steps)
-        since, tokens = time.perf_counter(), 0
-        with stop.listening(), bar:
+        stop = Stop()
+        self.bar = make_bar(trainer.step, steps)
+        with stop.listening(), self.bar:
+            self.pace.restart(Moment(trainer.device))
             while trainer.step < steps and not stop.asked:
-                metrics = trainer.train_step()
-                self.check(metrics)
-                self.ce, tokens = metrics.ce, tokens + metrics.tokens
-                bar.update()
-                if metrics.step % run.log_every == 0:
-                    seconds = time.perf_counter() - since
-                    speed = tokens / seconds
-                    self.metrics.add({**dataclasses.asdict(metrics), "tokens_per_s": round(speed)})
-                    bar.set_postfix_str(f"loss {metrics.ce:.3f}, {speed:,.0f} tok/s")
-                    since, tokens = time.perf_counter(), 0
-                if _due(metrics.step, run.eval_every) and metrics.step < steps:
+                launched = trainer.launch_step()
+                self.read()
+                self.launched = launched
+                if _due(trainer.step, run.eval_every) and trainer.step < steps:
                     self.evaluate()
-                    since, tokens = time.perf_counter(), 0
-                if _due(metrics.step, run.checkpoint_every):
+                if _due(trainer.step, run.checkpoint_every):
                     self.checkpoint()
             if self.saved != trainer.step:
                 self.checkpoint()
         return self.finish(trainer.step >= steps)
+
+    def read(self) -> None:
+        """Take in what the newest step says that was not read yet."""
+        launched, self.launched = self.launched, None
+        if launched is None:
+            return
+        metrics = launched.read()
+        self.check(metrics)
+        self.ce = metrics.ce
+        self.pace.add(metrics.tokens, launched.numbers.moment)
+        self.bar.update()
+        if metrics.step % self.config.run.log_every == 0:
+            speed = self.pace.lap()
+            self.metrics.add({**dataclasses.asdict(metrics), **speed.record})
+            self.bar.set_postfix_str(f"loss {metrics.ce:.3f}, {speed}")
 
     def check(self, metrics: StepMetrics) -> None:
         """Stop before a run that has blown up writes over checkpoints that have not."""
@@ -497,6 +479,7 @@ class _Run:
             )
 
     def evaluate(self) -> None:
+        self.read()
         self.heldout = self.trainer.evaluate()
         if self.heldout is not None:
             self.metrics.add({"step": self.trainer.step, "heldout": dataclasses.asdict(self.heldout)})
@@ -504,10 +487,13 @@ class _Run:
                 f"step {self.trainer.step}: training {self.ce:.4f}, held-out {self.heldout.loss:.4f} "
                 f"(spoken {self.heldout.spoken_loss:.4f}, perplexity {self.heldout.perplexity:.3f})"
             )
+        self.pace.restart(Moment(self.trainer.device))
 
     def checkpoint(self) -> None:
+        self.read()
         save_checkpoint(self.folder, self.trainer.step, self.trainer.state(), self.config.run.keep)
         self.saved = self.trainer.step
+        self.pace.restart(Moment(self.trainer.device))
 
     def finish(self, finished: bool) -> TrainResult:
         folder: Path | None = None
@@ -518,8 +504,11 @@ class _Run:
             say(f"the model is in {folder}")
         else:
             say(f"stopped at step {self.trainer.step}; run the same command to go on from {self.folder}")
+        speed = self.pace.whole()
+        if self.pace.tokens:
+            say(f"trained on {self.pace.tokens:,} tokens, {speed}")
         self.draw()
-        return TrainResult(self.trainer.step, finished, self.ce, self.heldout, folder)
+        return TrainResult(self.trainer.step, finished, self.ce, self.heldout, folder, *speed)
 
     def draw(self) -> None:
         from octavo.train.plot import plot_run
@@ -529,12 +518,6 @@ class _Run:
         except ImportError:
             say("no curves drawn: matplotlib is not installed")
             say("hint: pip install 'octavo[train]'")
-
-
-def _bar(step: int, steps: int) -> Any:
-    """A live bar on a terminal; in a file, a line now and then."""
-    seldom = 0.1 if sys.stderr.isatty() else 30.0
-    return tqdm(total=steps, initial=step, unit=" steps", file=sys.stderr, dynamic_ncols=True, mininterval=seldom)
 
 
 def _due(step: int, every: int) -> bool:
