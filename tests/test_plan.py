@@ -22,12 +22,12 @@ from octavo.args import ModelArgs, MoEArgs
 from octavo.bench.synthetic import synthetic_model
 from octavo.cache import KVCache, RollingKVCache
 from octavo.checkpoint.names import canonical_shapes
+from octavo.devices import DEVICES, known_device
 from octavo.errors import OptionError
 from octavo.kernels import backend
 from octavo.kernels.ops import spent
 from octavo.plan import (
     BASE,
-    DEVICES,
     PASSING,
     PRECISIONS,
     SLACK,
@@ -36,7 +36,6 @@ from octavo.plan import (
     Placement,
     footprint,
     footprint_of,
-    known_device,
     kv_cache_bytes,
     make_plan,
     parse_size,

@@ -13,18 +13,20 @@ from typing import Any, Self, TypeGuard, overload
 
 import torch
 
-from octavo.budget import plan_checkpoint
+from octavo.budget import goes_on_card, left_for_model, nothing_to_read, plan_checkpoint, plan_checkpoint_on_card
 from octavo.chat import ChatTemplate, Message, Persona, template_for
 from octavo.checkpoint import open_checkpoint
 from octavo.completion import Chunk, Completion, Prepared, Reply, Request, read_asked
 from octavo.engine import Constraint, Engine, with_context
 from octavo.errors import CheckpointError, HubError, OptionError, PromptError, TokenizerError
-from octavo.experts import CacheCounters, StreamedExperts, placement_from_trace
+from octavo.experts import CacheCounters, ExpertCache, StreamedExperts, placement_from_trace
 from octavo.hub import REPO_ID, snapshot
+from octavo.kernels.memory import free_on_card
 from octavo.kernels.modules import uses_kernels
 from octavo.load import build_model
 from octavo.model import Mixtral
-from octavo.plan import MemoryPlan, parse_size
+from octavo.plan import MemoryPlan
+from octavo.plan_card import CardPlan
 from octavo.sampling import SamplingParams
 from octavo.tokenizer import Tokenizer
 
@@ -114,7 +116,7 @@ class LLM:
         whole_cache: see `load`; always with a plan.
 
     Attributes:
-        plan: how the model runs within a budget; None where it was loaded without one.
+        plan: how the model runs within a budget, or on a card; None where it was loaded without one.
     """
 
     def __init__(
@@ -125,7 +127,7 @@ class LLM:
         eos_ids: Iterable[int] = (),
         max_batch_size: int = MAX_BATCH_SIZE,
         context: int | None = None,
-        plan: MemoryPlan | None = None,
+        plan: MemoryPlan | CardPlan | None = None,
         prefix_bytes: int = PREFIX_BYTES,
         whole_cache: bool = False,
     ) -> None:
@@ -143,8 +145,9 @@ class LLM:
             prefix_bytes=prefix_bytes,
             whole_cache=whole_cache or plan is not None,
         )
+        caches = (getattr(module, "cache", None) for module in model.modules())
+        self._expert_cache = next((cache for cache in caches if isinstance(cache, ExpertCache)), None)
         streamed = next((module for module in model.modules() if isinstance(module, StreamedExperts)), None)
-        self._expert_cache = None if streamed is None else streamed.cache
         self._prefetch = None if streamed is None else streamed.prefetch
         self._requests: dict[int, Request] = {}  # those under way, by sequence
 
@@ -159,6 +162,7 @@ class LLM:
         bits: int | str | None = None,
         max_batch_size: int | None = None,
         memory: str | int | None = None,
+        gpu_memory: str | int | None = None,
         context: int | None = None,
         trace: str | Path | None = None,
         prefetch: bool = False,
@@ -170,56 +174,74 @@ class LLM:
         With `memory`, what does not fit is left on the disk: of every expert a part stays in memory, and the rest is
         read when a token is routed to it. The replies are the same ones, token for token.
 
+        On a CUDA device ("the card") bfloat16 and 8- or 4-bit weights are always planned: experts for which it has no
+        room lie in the host's memory, with the same replies as on that card without a bound.
+
         Args:
             source: "menny" for the model that ships with Octavo, a folder or weights file in any layout that
                 `octavo.open_checkpoint` reads, or a Hub id such as "owner/name".
             dtype: of weights and computation; by default the checkpoint's, and float32 for "menny", which is so small
                 that a CPU computes faster in it.
-            device: "cpu", "cuda", ...; by default a GPU if there is one.
+            device: "cpu", "cuda", ...; by default a GPU if there is one that computes with such weights, but the CPU
+                where `memory` is given and `gpu_memory` is not.
             revision: branch, tag or commit, for a Hub id.
             bits: 8, 4, 3 or 2 to quantise the weights while loading, which takes minutes for a large model:
                 `octavo quantize` writes a store that opens at once.
-            max_batch_size: sequences generated at a time; by default 8, and 1 with `memory`.
+            max_batch_size: sequences generated at a time; by default 8, and 1 with `memory`, or on a card that has no
+                room for every expert beside them.
             memory: all that the process may take, such as "12GiB" or a number of bytes: weights, key-value cache,
                 workspace and the process itself. The precision is the one it would be without: a lower one is for
-                `bits` to ask for. On the CPU only.
-            context: tokens of a sequence, prompt and reply together; by default the model's, and with `memory` 4096 of
+                `bits` to ask for. With a card it bounds the host's memory; by default what is free.
+            gpu_memory: all that the process may take of the card, as `memory`; by default what is free there.
+            context: tokens of a sequence, prompt and reply together; by default the model's, and with a plan 4096 of
                 them at most.
             trace: a record of which experts were used, by `octavo routing trace`: where it would have read less, the
                 most used ones stay in memory whole. Needs `memory`; of no use where every expert fits, as `plan`
                 tells.
             prefetch: read ahead what the next layer's router would choose now. As `trace`.
             prefix_bytes: keep so many bytes of keys and values of sequences that are over, for prompts that begin like
-                these; by default 256 MiB, and none with `memory`, of which they are a part.
+                these; by default 256 MiB, and none with `memory` or `gpu_memory`, of which they are a part.
             whole_cache: give the key-value cache all its address space at once, so that it never has to be copied to
                 grow; on the CPU memory is still taken as it is used. Refused where so much is not free.
 
         Raises:
-            OptionError: `memory` is too little for this model, and the hint the smallest that works; or the options do
-                not go together.
+            OptionError: `memory` or `gpu_memory` is too little for this model, and the hint the smallest that works; or
+                the options do not go together; or there is no such card.
             ResourceError: so much memory is not free.
             UserError: everything `find_model` and `load_model` raise.
         """
-        if memory is None and (trace is not None or prefetch):
-            name = "prefetch" if trace is None else "trace"
-            raise OptionError(
-                f"{name} needs memory: without a bound every expert stays there", "give one, such as --memory 12GiB"
-            )
         if max_batch_size is not None and max_batch_size < 1:
             raise OptionError(f"max_batch_size is {max_batch_size}; expected an integer of at least 1")
         if prefix_bytes is not None and prefix_bytes < 0:
             raise OptionError(f"prefix_bytes is {prefix_bytes}; expected an integer of at least 0")
-        prefixes = prefix_bytes if prefix_bytes is not None else PREFIX_BYTES if memory is None else 0
+        bounded = memory is not None or gpu_memory is not None
+        prefixes = prefix_bytes if prefix_bytes is not None else 0 if bounded else PREFIX_BYTES
         path = find_model(source, revision)
         checkpoint = open_checkpoint(path)
-        if dtype is None and source == SHIPPED:
+        if dtype is None and source == SHIPPED and gpu_memory is None:
             dtype = torch.float32
-        plan = None
-        if memory is not None:
+        plan: MemoryPlan | CardPlan | None = None
+        on_card = goes_on_card(checkpoint, dtype=dtype, device=device, bits=bits, memory=memory, gpu_memory=gpu_memory)
+        if (trace is not None or prefetch) and (memory is None or on_card):
+            raise nothing_to_read("prefetch" if trace is None else "trace", on_card)
+        if on_card:
+            device = device or "cuda"
+            plan = plan_checkpoint_on_card(
+                checkpoint,
+                None if gpu_memory is None else left_for_model("gpu_memory", gpu_memory, prefixes),
+                memory,
+                free=free_on_card(device) - prefixes,
+                dtype=dtype,
+                bits=bits,
+                context=context,
+                batch=max_batch_size,
+                most=MAX_BATCH_SIZE,
+            )
+            if not checkpoint.is_store:
+                checkpoint = open_checkpoint(path, mapped=False)
+        elif memory is not None:
             batch, device = max_batch_size or 1, device or "cpu"
-            budget = parse_size(str(memory)) - prefixes
-            if budget <= 0:
-                raise OptionError(f"memory is {memory}, of which prefix_bytes leave nothing", hint="give more memory")
+            budget = left_for_model("memory", memory, prefixes)
             plan = plan_checkpoint(
                 checkpoint, budget, dtype=dtype, device=device, bits=bits, context=context, batch=batch
             )
@@ -232,6 +254,8 @@ class LLM:
                 checkpoint = open_checkpoint(path, mapped=False)
         elif context is not None:
             with_context(checkpoint.args, context)  # what is wrong should not wait for the weights
+        if device is None and (checkpoint.is_store or bits is not None):
+            device = "cpu"  # what no card computes with; for the others it is "cuda" by now
         tokenizer, eos_ids = checkpoint.tokenizer(), checkpoint.eos_ids
         placed = None if plan is None else plan.placement
         model = build_model(checkpoint, dtype=dtype, device=device, bits=bits, kernels=True, placement=placed)

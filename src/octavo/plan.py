@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from types import MappingProxyType
 
 from octavo.args import ModelArgs
 from octavo.errors import OptionError
@@ -69,82 +68,6 @@ def show_size(nbytes: float) -> str:
         if nbytes >= scale:
             return f"{nbytes / scale:.{0 if unit in ('MB', 'kB') and nbytes >= 10 * scale else 1}f} {unit}"
     return f"{nbytes:.0f} bytes"
-
-
-# ---------------------------------------- devices
-
-
-@dataclass(frozen=True)
-class Device:
-    """A machine, or the part of one that computes.
-
-    Attributes:
-        name: as people call it.
-        kind: "cpu", "cuda" or "unified" (memory that CPU and GPU share).
-        memory: its bytes, or those that are free.
-        read: bytes a second from memory; None where nobody knows.
-        disk: bytes a second from disk.
-        source: where ``memory`` and ``read`` come from.
-        disk_source: where ``disk`` comes from.
-    """
-
-    name: str
-    kind: str
-    memory: int
-    read: float | None
-    disk: float
-    source: str
-    disk_source: str
-
-    @property
-    def usable(self) -> int:
-        """What a model may take. macOS lets a GPU have about three quarters of a memory that is shared."""
-        return self.memory * 3 // 4 if self.kind == "unified" else self.memory
-
-
-_NVME, _NVME_SOURCE = 7.45e9, "a PCIe 4 NVMe disk, as by Samsung's 990 PRO data sheet"
-
-
-def _gpu(name: str, gigabytes: int, read: float, source: str) -> Device:
-    # Gigabytes of 10**9, as data sheets count: the driver shows up to 7 % more, and takes some of that itself.
-    return Device(name, "cuda", gigabytes * 10**9, read, _NVME, source, _NVME_SOURCE)
-
-
-DEVICES: Mapping[str, Device] = MappingProxyType(
-    {
-        "this machine": Device(
-            "this machine", "cpu", 0, 51.2e9, _NVME, "two channels of DDR4-3200, JEDEC's 25.6 GB/s each", _NVME_SOURCE
-        ),
-        "rtx-4060": _gpu("RTX 4060 8 GB", 8, 272e9, "NVIDIA's GeForce RTX 4060 specifications"),
-        "rtx-4090": _gpu("RTX 4090 24 GB", 24, 1008e9, "NVIDIA's Ada GPU architecture white paper"),
-        "a100": _gpu("A100 80 GB", 80, 2039e9, "NVIDIA's A100 data sheet, SXM"),
-        "h100": _gpu("H100 80 GB", 80, 3350e9, "NVIDIA's H100 data sheet, SXM"),
-        "h200": _gpu("H200 141 GB", 141, 4800e9, "NVIDIA's H200 data sheet"),
-        "m2-ultra": Device(
-            "M2 Ultra 192 GB", "unified", 192 * 10**9, 800e9, 7.4e9,
-            "Apple's Mac Studio (2023) specifications", "Apple's Mac Studio (2023) press release",
-        ),
-    }
-)  # fmt: skip
-"""Known devices; what the first one has is a guess until it is measured."""
-
-_CALLED = {  # without spaces, dashes and makers; as people write them, and as nvidia-smi does
-    "rtx-4060": r"(rtx)?4060(8gb)?",
-    "rtx-4090": r"(rtx)?4090(24gb)?",
-    "a100": r"a100(sxm4?)?(80gb)?",
-    "h100": r"h100(sxm5?)?(80gb(hbm3)?)?",
-    "h200": r"h200(sxm5?|nvl)?(141gb)?",
-    "m2-ultra": r"m2ultra(192gb)?",
-}
-
-
-def known_device(name: str) -> Device | None:
-    """Return the device of `DEVICES` that is called so: "RTX 4090", "a100", "NVIDIA H200", "m2-ultra".
-
-    Other versions, such as an RTX 4060 Ti, are other devices.
-    """
-    called = re.sub(r"[\s_-]|nvidia|geforce|apple", "", name.lower())
-    return next((DEVICES[key] for key, pattern in _CALLED.items() if re.fullmatch(pattern, called)), None)
 
 
 # ---------------------------------------- what a model takes
@@ -336,6 +259,19 @@ def footprint_of(args: ModelArgs, weights: Weights, context: int, batch: int, ex
     )
 
 
+def touched_experts(args: ModelArgs, batch: int) -> float:
+    """Return how many experts a decode step of a batch reads, routing spread evenly."""
+    if args.moe is None:
+        return 0.0
+    missed = (1 - args.moe.num_experts_per_tok / args.moe.num_experts) ** batch
+    return args.n_layers * args.moe.num_experts * (1 - missed)
+
+
+def read_of_step(weights: Weights, touched: float) -> float:
+    """Return the bytes of weights that a step computes with which reads so many experts."""
+    return weights.rest - weights.embedding + touched * weights.experts / max(weights.n_experts, 1)
+
+
 # ---------------------------------------- plans
 
 
@@ -440,18 +376,12 @@ class MemoryPlan:
 
     @property
     def _touched(self) -> float:
-        """Experts that a step reads, routing spread evenly."""
-        moe = self.args.moe
-        if moe is None:
-            return 0.0
-        missed = (1 - moe.num_experts_per_tok / moe.num_experts) ** self.batch
-        return self.args.n_layers * moe.num_experts * (1 - missed)
+        return touched_experts(self.args, self.batch)
 
     @property
     def read_bytes(self) -> float:
         """Bytes of weights that a decode step of the batch reads from memory."""
-        w = self.weights
-        return w.rest - w.embedding + self._touched * w.experts / max(w.n_experts, 1)
+        return read_of_step(self.weights, self._touched)
 
     @property
     def disk_bytes(self) -> float:
@@ -503,10 +433,7 @@ def make_plan(
     Raises:
         OptionError: the budget is too small (the hint is the smallest that works), or an argument is out of range.
     """
-    _check(args, context, batch)
-    if store is not None and bits is not None:
-        raise OptionError(f"bits is {bits}; this is a store, which has its own precision", hint="leave the option out")
-    choices = [store] if store else [weights_at(args, each) for each in (UNASKED if bits is None else (bits,))]
+    choices = check_request(args, bits, context, batch, store)
     for weights in choices:
         whole = footprint_of(args, weights, context, batch)
         if whole.total <= budget:
@@ -529,14 +456,20 @@ def verdict(args: ModelArgs, weights: Weights, budget: int, context: int, batch:
     return "streams" if _least(args, weights, context, batch) <= budget else "does not fit"
 
 
-def _check(args: ModelArgs, context: int, batch: int) -> None:
+def check_request(args: ModelArgs, bits: int | None, context: int, batch: int, store: Weights | None) -> list[Weights]:
+    """Return the weights to choose among, best first; the arguments are `make_plan`'s.
+
+    Raises:
+        OptionError: one is out of range, or a precision is asked of a store.
+    """
     for name, value in (("context", context), ("batch", batch)):
         if value < 1:
             raise OptionError(f"{name} is {value}; expected an integer of at least 1")
-    if context > args.max_seq_len:
-        raise OptionError(
-            f"context is {context}; this model's is {args.max_seq_len} tokens", hint=f"--context {args.max_seq_len}"
-        )
+    if context > (most := args.max_seq_len):
+        raise OptionError(f"context is {context}; this model's is {most} tokens", hint=f"--context {most}")
+    if store is not None and bits is not None:
+        raise OptionError(f"bits is {bits}; this is a store, which has its own precision", hint="leave the option out")
+    return [store] if store else [weights_at(args, each) for each in (UNASKED if bits is None else (bits,))]
 
 
 def _why(weights: Weights, choices: list[Weights], *, fits: bool) -> str:
@@ -545,13 +478,14 @@ def _why(weights: Weights, choices: list[Weights], *, fits: bool) -> str:
     elif len(choices) == 1:
         chosen = "as asked for"
     elif fits:
-        chosen = f"the most of {_or(UNASKED)} bits at which all of it fits"
+        chosen = f"the most of {any_of(UNASKED)} bits at which all of it fits"
     else:
-        chosen = f"at {_or(UNASKED)} bits not all of it fits, and fewer must be asked for"
+        chosen = f"at {any_of(UNASKED)} bits not all of it fits, and fewer must be asked for"
     return chosen if fits else f"{chosen}; what every token needs stays in memory, and experts fill the rest"
 
 
-def _or(numbers: Sequence[int]) -> str:
+def any_of(numbers: Sequence[int]) -> str:
+    """In words: "16, 8 or 4"."""
     return " or ".join((", ".join(map(str, numbers[:-1])), str(numbers[-1])))
 
 

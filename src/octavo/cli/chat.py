@@ -52,6 +52,7 @@ def command(
     device: str | None,
     bits: str | None,
     memory: str | None,
+    gpu_memory: str | None,
     verbose: bool,
     remote: str | None,
     persona: str | None,
@@ -71,20 +72,21 @@ def command(
     octavo chat
     octavo chat --model ./mixtral --system "Answer in one sentence." -o temperature=0.3
     octavo chat --model ./mixtral-4bit --memory 12GiB
+    octavo chat --model ./mixtral-4bit --gpu-memory 24GiB
     octavo chat --remote http://127.0.0.1:8000/v1
     octavo chat --remote mistralai/Mixtral-8x7B-Instruct-v0.1
     """
     options = parse_pairs(pairs)
     loading = take_loading(options)
     if remote is not None:
-        here = {"--dtype": dtype, "--device": device, "--bits": bits, "--memory": memory, "--verbose": verbose}
-        _refuse_here(here | {f"-o {name}": True for name in loading})
+        here = {"--dtype": dtype, "--device": device, "--bits": bits, "--memory": memory, "--gpu-memory": gpu_memory}
+        _refuse_here(here | {"--verbose": verbose} | {f"-o {name}": True for name in loading})
     speaker = choose_persona(persona, model if remote is None else remote)
     params = sampling(speaker, options)  # what is misspelt should not wait for the model
     interactive = stdin_is_terminal()
     llm: LLM | RemoteModel
     if remote is None:
-        llm = load(model, dtype, device, bits, memory, loading)
+        llm = load(model, dtype, device, bits, memory, loading, gpu_memory)
         if interactive:
             _greet(_about(model, llm), speaker)
         if not llm.converses:

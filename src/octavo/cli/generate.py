@@ -37,6 +37,7 @@ def command(
     device: str | None,
     bits: str | None,
     memory: str | None,
+    gpu_memory: str | None,
     verbose: bool,
     persona: str | None,
     system: str | None,
@@ -65,7 +66,7 @@ def command(
     params = sampling(speaker, options)
     if not as_json:
         _check_plain(params)
-    llm = load(model, dtype, device, bits, memory, loading)
+    llm = load(model, dtype, device, bits, memory, loading, gpu_memory)
     if not raw and not (speaker or system is not None or llm.converses):
         note("the model has no chat template: PROMPT is completed as plain text (--raw says so silently)")
         raw = True
@@ -123,8 +124,8 @@ def _to_dict(llm: LLM, completion: Completion) -> dict[str, Any]:
     said = completion.to_dict()
     if llm.plan is None:
         return said
-    from octavo.cli.memory import plan_to_json
+    from octavo.cli.memory import budget_to_json, plan_to_json
 
-    plan = {"budget": llm.plan.budget, "context": llm.plan.context, "batch": llm.plan.batch, **plan_to_json(llm.plan)}
+    plan = {**budget_to_json(llm.plan), **plan_to_json(llm.plan)}
     cache = said.pop("experts")
     return said | {"memory": {"plan": plan, "cache": cache, "prefetch": llm.prefetch_note}}

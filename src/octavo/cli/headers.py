@@ -36,6 +36,7 @@ class Model:
         dtype: of its weights.
         store: the weights as they lie there, if it is a store.
         folder: on this machine.
+        formats: of a store's matrices, by name.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Model:
     dtype: str
     store: Weights | None = None
     folder: Path | None = None
+    formats: frozenset[str] = frozenset()
 
 
 def read_model(name: str) -> Model:
@@ -90,9 +92,10 @@ def _read_folder(name: str, folder: Path) -> Model | None:
         dtype, number = FLOATS[embedding.dtype]
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         store = weights_of_store(args, sizes, number) if in_store else None
+        formats = frozenset(tensor.format for tensor in tensors.values() if tensor.format is not None)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, UserError):
         return None
-    return Model(name, name, args, dtype, store, folder)
+    return Model(name, name, args, dtype, store, folder, formats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,7 @@ class _Tensor:
     elements: int
     nbytes: int
     in_store: bool
+    format: str | None
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, _Tensor]]:
@@ -119,13 +123,14 @@ def _tensors(folder: Path) -> Iterator[tuple[str, _Tensor]]:
             raise ValueError
         for tensor, entry in header.items():
             begin, end = entry["data_offsets"]
-            shape = (notes["tensors"][tensor] if notes else {}).get("shape", entry["shape"])
-            yield tensor, _Tensor(entry["dtype"], math.prod(shape), end - begin, notes is not None)
+            note = notes["tensors"][tensor] if notes else {}
+            elements = math.prod(note.get("shape", entry["shape"]))
+            yield tensor, _Tensor(entry["dtype"], elements, end - begin, notes is not None, note.get("format"))
 
 
 def _open(name: str, source: str) -> Model:
     """Any layout, here or on the Hub; this imports torch, which takes a second."""
-    from octavo.budget import store_weights
+    from octavo.budget import formats_of, store_weights
     from octavo.checkpoint import open_checkpoint
     from octavo.storage.folder import LocalFolder
 
@@ -136,4 +141,4 @@ def _open(name: str, source: str) -> Model:
         folder = checkpoint.folder.path
     dtype = checkpoint.info("tok_embeddings.weight").dtype
     store = store_weights(checkpoint) if checkpoint.is_store else None
-    return Model(name, name, args, str(dtype).removeprefix("torch."), store, folder)
+    return Model(name, name, args, str(dtype).removeprefix("torch."), store, folder, formats_of(checkpoint))

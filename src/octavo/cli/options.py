@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from octavo.llm import LLM
     from octavo.sampling import SamplingParams
 
+GPU_MEMORY_HELP = "All that may be taken of the GPU, such as 24GiB: other experts lie in the host's memory."
 F = TypeVar("F", bound=Callable[..., Any])
 NO_PERSONA = "none"
 BITS = ("8", "4", "3", "2")
@@ -30,11 +31,12 @@ SERVER_BYTES, PAGE_BYTES = 64 << 20, 192 << 20
 
 
 def model_options(command: F) -> F:
-    """--model, --dtype, --device, --bits, --memory, --verbose."""
+    """--model, --dtype, --device, --bits, --memory, --gpu-memory, --verbose."""
     for decorate in (
         click.option(
             "--verbose", "-v", is_flag=True, help="After a reply, say what was read of the experts, layer by layer."
         ),
+        click.option("--gpu-memory", metavar="SIZE", help=GPU_MEMORY_HELP),
         click.option(
             "--memory", metavar="SIZE", help="All that may be taken, such as 12GiB: what does not fit is streamed."
         ),
@@ -156,11 +158,13 @@ def load(
     bits: str | None,
     memory: str | None,
     loading: dict[str, Any],
+    gpu_memory: str | None = None,
 ) -> LLM:
     """Load the model a name stands for, by default the one that ships; say which kernels compute, and the plan.
 
     Args:
         loading: as `take_loading` returns it.
+        gpu_memory: a budget of the card's memory.
 
     Raises:
         UserError: see `octavo.llm.LLM.load`.
@@ -170,7 +174,7 @@ def load(
     from octavo.llm import LLM, SHIPPED
 
     name = SHIPPED if model is None else model
-    llm = LLM.load(name, dtype=dtype, device=device, bits=bits, memory=memory, **loading)
+    llm = LLM.load(name, dtype=dtype, device=device, bits=bits, memory=memory, gpu_memory=gpu_memory, **loading)
     if llm.tokenizer is None:
         raise TokenizerError(
             f"{name}: holds no tokenizer, and text needs one", hint="put tokenizer.model or tokenizer.json into it"

@@ -6,29 +6,28 @@ import dataclasses
 import json
 import os
 import shlex
-import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from octavo.cli.headers import Model, read_model
-from octavo.cli.memory import experts_in_words, plan_to_json
+from octavo.cli.memory import entry, experts_in_words, plan_to_json, rate
 from octavo.cli.options import SHAPE_BITS
+from octavo.cli.plan_card import CardReport
 from octavo.cli.terminal import note
+from octavo.devices import DEVICES, Device, known_device
 from octavo.errors import OptionError
 from octavo.machine import disk_bandwidth, free_memory, nvidia_gpu, physical_memory
 from octavo.plan import (
     CHUNK,
     DEFAULT_CONTEXT,
-    DEVICES,
     PRECISIONS,
-    Device,
     MemoryPlan,
     Weights,
     footprint_of,
-    known_device,
     make_plan,
     parse_size,
     show_size,
@@ -42,15 +41,17 @@ if TYPE_CHECKING:
 HERE = DEVICES["this machine"]
 SAMPLE = 1 << 30  # bytes that memory's bandwidth is measured with: more than caches hold
 READS = 9
-WIDTH = 100
 NOT_STREAMED = "not so: experts are read from disk in 16 bits or fewer"
-NOT_ON_GPU = "not yet: low-bit weights are computed with on the CPU, not on a GPU"
-NEITHER = "not yet: a GPU computes with 16 or 32 bits only, and with all experts in its memory"
 
 
 @click.command("plan")
 @click.argument("model", metavar="MODEL|SHAPE")
 @click.option("--memory", metavar="SIZE", help="All that may be taken, such as 24GiB; by default what is free.")
+@click.option(
+    "--gpu-memory",
+    metavar="SIZE",
+    help="All that may be taken of a GPU; by default its memory. --memory is the host's.",
+)
 @click.option(
     "--device",
     default="cpu",
@@ -71,6 +72,7 @@ NEITHER = "not yet: a GPU computes with 16 or 32 bits only, and with all experts
 def command(
     model: str,
     memory: str | None,
+    gpu_memory: str | None,
     device: str,
     bits: str | None,
     context: int | None,
@@ -89,19 +91,34 @@ def command(
     octavo plan ./mixtral --memory 12GiB --measure
     octavo plan mixtral-8x7b --memory 12GiB --trace trace.safetensors
     octavo plan mistralai/Mixtral-8x22B-Instruct-v0.1 --device h200 --context 32768
+    octavo plan mixtral-8x7b --device rtx-4090 --memory 48GiB
     """
     budget = None if memory is None else parse_size(memory)
+    gpu_budget = None if gpu_memory is None else parse_size(gpu_memory)
     found = read_model(model)
-    where = _device(device, budget)
+    where = _device(device, budget, gpu_budget)
     if measure:
         if where.name != HERE.name:
             raise OptionError(f"--measure measures this machine, not {where.name}", hint="leave one of them out")
         where = _measured(where, found.folder)
     context = min(DEFAULT_CONTEXT, found.args.max_seq_len) if context is None else context
-    budget = where.usable if budget is None else budget
-    plan = make_plan(found.args, budget, None if bits is None else int(bits), context, batch, store=found.store)
-    traced = None if trace is None else _replayed(trace, plan)
-    report = Report(found, where, traced or plan, memory, traced, trace, plan.share)
+    precision = None if bits is None else int(bits)
+    report: Report | CardReport
+    if where.kind == "cuda":
+        if trace is not None:
+            raise OptionError(
+                "--trace places experts for a CPU; a GPU's cache goes by what was used last", "leave it out"
+            )
+        budget = _host_memory(device) if budget is None else budget
+        report = CardReport.of(found, where, gpu_budget, budget, precision, context, batch, (gpu_memory, memory))
+    else:
+        if gpu_memory is not None:
+            raise OptionError(f"--gpu-memory bounds a GPU, and --device is {device}", "--device cuda")
+        plan = make_plan(
+            found.args, where.usable if budget is None else budget, precision, context, batch, store=found.store
+        )
+        traced = None if trace is None else _replayed(trace, plan)
+        report = Report(found, where, traced or plan, memory, traced, trace, plan.share)
     click.echo(json.dumps(report.as_dict(), indent=2) if as_json else "\n".join(report.lines()))
 
 
@@ -121,13 +138,18 @@ def _replayed(path: str, plan: MemoryPlan) -> TracedPlan | None:
 # ---------------------------------------- devices
 
 
-def _device(name: str, budget: int | None) -> Device:
+def _device(name: str, budget: int | None, gpu_budget: int | None) -> Device:
     """The device that is meant; its memory is what is free, where it is this machine's and no budget is given."""
     if name == "cpu":
         return dataclasses.replace(HERE, memory=free_memory() if budget is None else budget)
     if name == "cuda":
-        called, free = nvidia_gpu()
-        unknown = dataclasses.replace(HERE, kind="cuda", read=None, source="")
+        unknown = dataclasses.replace(HERE, name="a GPU", kind="cuda", memory=gpu_budget or 0, read=None, source="")
+        try:
+            called, free = nvidia_gpu()
+        except OptionError:
+            if gpu_budget is None:
+                raise
+            return unknown  # of which all that counts is said
         return dataclasses.replace(known_device(called) or unknown, name=called, memory=free)
     if name in ("metal", "metal-unified"):
         memory = physical_memory() if budget is None else budget
@@ -136,9 +158,18 @@ def _device(name: str, budget: int | None) -> Device:
     if known is None:
         raise OptionError(
             f"--device {name!r} is not known; expected cpu, cuda, metal-unified, or {', '.join(list(DEVICES)[1:])}",
-            hint="for another, give its memory: --memory 16GB",
+            hint="for another, give its memory: --memory 16GB, or of a GPU --device cuda --gpu-memory 16GB",
         )
     return known
+
+
+def _host_memory(device: str) -> int | None:
+    """What is free beside this machine's GPU, if it tells; of another machine nothing is known."""
+    if device != "cuda":
+        return None
+    with suppress(OptionError):
+        return free_memory()
+    return None
 
 
 def _measured(device: Device, folder: Path | None) -> Device:
@@ -208,16 +239,16 @@ class Report:
         counts = f"{args.n_params:,} parameters, {args.n_active_params:,} active ({experts}, {args.n_layers} layers)"
         where = f"{self.device.name} ({f'--memory {self.memory}' if self.memory else self._given})"
         sequences = "1 sequence" if plan.batch == 1 else f"{plan.batch} sequences"
-        yield from _entry("model", f"{self.model.title}: {counts}")
-        yield from _entry("memory", f"{show_size(plan.budget)} of {where}, for {sequences} of {plan.context:,} tokens")
+        yield from entry("model", f"{self.model.title}: {counts}")
+        yield from entry("memory", f"{show_size(plan.budget)} of {where}, for {sequences} of {plan.context:,} tokens")
         yield ""
         yield from self._table()
         yield ""
-        yield from _entry("plan", self._chosen(), plan.reason)
+        yield from entry("plan", self._chosen(), plan.reason)
         if self.traced is not None:
-            yield from _entry("routing", self._routing(self.traced))
-        yield from _entry("ceiling", *self._ceilings())
-        yield from _entry("run", *self._commands())
+            yield from entry("routing", self._routing(self.traced))
+        yield from entry("ceiling", *self._ceilings())
+        yield from entry("run", *self._commands())
 
     def as_dict(self) -> dict[str, Any]:
         """For --json; sizes in bytes."""
@@ -318,50 +349,39 @@ class Report:
         parts, sources = [], []
         if device.read is not None:
             each = f"{show_size(plan.read_bytes)} a {steps} at {show_size(device.read)}/s"
-            parts.append(f"{_rate(self._by_memory)} by memory ({each})")
+            parts.append(f"{rate(self._by_memory)} by memory ({each})")
             sources.append(f"memory: {device.source}")
         if plan.placement:
             each = f"{show_size(plan.disk_bytes)} a {steps} at {show_size(device.disk)}/s"
-            parts.append(f"{_rate(self._by_disk)} by disk ({each})")
+            parts.append(f"{rate(self._by_disk)} by disk ({each})")
             sources.append(f"disk: {device.disk_source}")
         if self._decode is None:
             yield "unknown: so is this device's bandwidth; name the device, such as --device 'RTX 4090'"
             return
         together = "" if plan.batch == 1 else f" for {plan.batch} sequences together"
         if plan.disk_bytes and self._expected is not None:
-            parts.append(f"{_rate(self._expected)} to be expected")
-        yield f"decode at most {_rate(self._decode)} tok/s{together}: {', '.join(parts)}"
+            parts.append(f"{rate(self._expected)} to be expected")
+        yield f"decode at most {rate(self._decode)} tok/s{together}: {', '.join(parts)}"
         if (prefill := plan.prefill_tok_s(device.disk)) is not None:
-            yield f"prompts at most {_rate(prefill)} tok/s by disk: {CHUNK} tokens read what is streamed once"
+            yield f"prompts at most {rate(prefill)} tok/s by disk: {CHUNK} tokens read what is streamed once"
         guess = " (a guess: --measure measures)" if device.source == HERE.source else ""
         yield f"{'; '.join(sources)}{guess}"
 
     @property
     def _obstacle(self) -> str | None:
         """What keeps this plan from running today."""
-        if self.plan.placement and self._is_gpu:
-            return NEITHER
-        if self.plan.placement and self.plan.bits == 32:
-            return NOT_STREAMED
-        return None if self._runs_here(self.plan.weights) else NOT_ON_GPU
-
-    @property
-    def _is_gpu(self) -> bool:
-        """Whether torch computes there, with plain weights only; what shares a CPU's memory is left to the CPU."""
-        return self.device.kind == "cuda"
-
-    def _runs_here(self, weights: Weights) -> bool:
-        return not self._is_gpu or weights.bits in (16, 32)
+        return NOT_STREAMED if self.plan.placement and self.plan.bits == 32 else None
 
     @property
     def _instead(self) -> Weights | None:
-        """The best precision that fits whole and that Octavo computes with there today."""
+        """The best precision that fits whole."""
         plan = self.plan
         if plan.bits is None or self._obstacle is None:
             return None
         possible = (weights_at(plan.args, bits) for bits in PRECISIONS)
-        fits = (w for w in possible if verdict(plan.args, w, plan.budget, plan.context, plan.batch) == "fits")
-        return next((weights for weights in fits if self._runs_here(weights)), None)
+        return next(
+            (w for w in possible if verdict(plan.args, w, plan.budget, plan.context, plan.batch) == "fits"), None
+        )
 
     def _commands(self) -> Iterator[str]:
         plan = self.plan
@@ -371,9 +391,6 @@ class Report:
             yield self._chat(plan.weights)
             return
         yield self._obstacle
-        if self._is_gpu:
-            whole = footprint_of(plan.args, plan.weights, plan.context, plan.batch)
-            yield f"on a CPU with {show_size(whole.total)}: {self._chat(plan.weights, gpu=False)}"
         if self._instead is not None:
             size = footprint_of(plan.args, self._instead, plan.context, plan.batch)
             yield f"today ({show_size(size.total)}): {self._chat(self._instead)}"
@@ -399,10 +416,10 @@ class Report:
             words = ["octavo", "convert", self.model.source, self._store, "--to", "hf", "--dtype", "bfloat16"]
         return shlex.join(words)
 
-    def _chat(self, weights: Weights, gpu: bool | None = None) -> str:
-        """The command line for a precision; on the plan's device unless told otherwise."""
-        on_gpu, plan = self._is_gpu if gpu is None else gpu, self.plan
-        store = self._store if weights is plan.weights and not self._is_gpu else None
+    def _chat(self, weights: Weights) -> str:
+        """The command line for a precision."""
+        plan = self.plan
+        store = self._store if weights is plan.weights else None
         words = ["octavo", "chat", "--model", store or self.model.source]
         if weights.bits in (8, 4, 3, 2) and store is None:
             words += ["--bits", str(weights.bits)]
@@ -411,34 +428,11 @@ class Report:
         if weights.bits is not None and dtype != self.model.dtype and not converted:
             words += ["--dtype", dtype]
         if weights.bits in (16, 32):
-            words += ["--device", "cuda" if on_gpu else "cpu"]
-        if not self._is_gpu and (plan.placement or self.memory):  # a GPU's memory is another matter
+            words += ["--device", "cpu"]
+        if plan.placement or self.memory:
             words += ["--memory", self.memory or f"{plan.budget // 10**8 / 10}GB"]
             if plan.context != min(DEFAULT_CONTEXT, plan.args.max_seq_len):
                 words += ["-o", f"context={plan.context}"]
             if self.traced is not None and weights is plan.weights:
                 words += ["-o", f"trace={self.trace}"]
         return shlex.join(words)
-
-
-def _rate(tok_s: float | None) -> str:
-    return (
-        "?" if tok_s is None else f"{tok_s:.0f}" if tok_s >= 100 else f"{tok_s:.1f}" if tok_s >= 1 else f"{tok_s:.2f}"
-    )
-
-
-def _entry(head: str, *texts: str) -> Iterator[str]:
-    """Texts beside a word, no wider than a terminal; commands are left whole, to be copied."""
-    for number, text in enumerate(texts):
-        first = f"{head if number == 0 else '':9}"
-        if any(f"octavo {verb} " in text for verb in ("chat", "quantize", "convert")):
-            yield first + text
-        else:
-            yield from textwrap.wrap(
-                text,
-                WIDTH,
-                initial_indent=first,
-                subsequent_indent=" " * 9,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )

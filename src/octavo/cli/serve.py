@@ -11,6 +11,7 @@ import click
 
 from octavo.cli.options import (
     BITS,
+    GPU_MEMORY_HELP,
     PAGE_BYTES,
     SERVER_BYTES,
     choose_persona,
@@ -35,6 +36,7 @@ PAGE = "/ui"
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others need a key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
 @click.option("--memory", metavar="SIZE", help="All that may be taken, such as 12GiB: what does not fit is streamed.")
+@click.option("--gpu-memory", metavar="SIZE", help=GPU_MEMORY_HELP)
 @click.option(
     "--api-key",
     "keys",
@@ -53,6 +55,7 @@ def command(
     host: str,
     port: int,
     memory: str | None,
+    gpu_memory: str | None,
     keys: tuple[str, ...],
     ui: bool,
     pairs: tuple[str, ...],
@@ -87,8 +90,9 @@ def command(
     sock = server.bind(host, port)
     try:
         memory = left_of(memory, PAGE_BYTES if ui else SERVER_BYTES)
-        loading = _loading(options, name, memory)
-        llm = load(name, loading.pop("dtype"), loading.pop("device"), loading.pop("bits"), memory, loading)
+        loading = _loading(options, name, memory, gpu_memory)
+        dtype, device, bits = (loading.pop(key) for key in ("dtype", "device", "bits"))
+        llm = load(name, dtype, device, bits, memory, loading, gpu_memory)
         worker = Worker(llm, max_queue=config.max_queue, max_per_key=config.max_per_key)
         app = api.create_app(worker, config)
         if ui:
@@ -112,7 +116,7 @@ def _model_id(name: str) -> str:
     return path.resolve().name if path.exists() else name
 
 
-def _loading(options: dict[str, str], name: str, memory: str | None) -> dict[str, Any]:
+def _loading(options: dict[str, str], name: str, memory: str | None, gpu_memory: str | None) -> dict[str, Any]:
     """What `LLM.load` is given, and how many sequences at a time, which is said with its reason."""
     from octavo.checkpoint import open_checkpoint
     from octavo.llm import PREFIX_BYTES, SHIPPED, find_model
@@ -125,17 +129,17 @@ def _loading(options: dict[str, str], name: str, memory: str | None) -> dict[str
         raise OptionError(f"bits is {bits!r}; expected one of {', '.join(BITS)}", "such as -o bits=4")
     if wanted is not None and not wanted.strip().isdecimal():
         raise OptionError(f"batch is {wanted!r}; expected an integer", "such as -o batch=8")
-    prefix_bytes = (
-        (PREFIX_BYTES if memory is None else 0) if prefix is None else 0 if prefix == "0" else parse_size(prefix)
-    )
+    bounded = memory is not None or gpu_memory is not None
+    prefix_bytes = (0 if bounded else PREFIX_BYTES) if prefix is None else 0 if prefix == "0" else parse_size(prefix)
     loading = take_loading(options)
     checkpoint: Checkpoint = open_checkpoint(find_model(name))
     batch = batch_for(
         checkpoint,
-        dtype="float32" if said["dtype"] is None and name == SHIPPED else said["dtype"],
+        dtype="float32" if said["dtype"] is None and name == SHIPPED and gpu_memory is None else said["dtype"],
         device=said["device"],
         bits=bits,
         memory=memory,
+        gpu_memory=gpu_memory,
         context=loading.get("context"),
         prefix_bytes=prefix_bytes,
         wanted=None if wanted is None else int(wanted),

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from octavo.cli.options import PAGE_BYTES, choose_persona, left_of, load, parse_pairs, sampling, take_loading
+from octavo.cli.options import (
+    GPU_MEMORY_HELP,
+    PAGE_BYTES,
+    choose_persona,
+    left_of,
+    load,
+    parse_pairs,
+    sampling,
+    take_loading,
+)
 from octavo.cli.terminal import note
 from octavo.errors import OptionError
 
@@ -27,6 +36,7 @@ NEEDED = ("fastapi", "uvicorn", "gradio")
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="HOST", help="The address to listen on.")
 @click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--memory", metavar="SIZE", help="All that may be taken, such as 12GiB: what does not fit is streamed.")
+@click.option("--gpu-memory", metavar="SIZE", help=GPU_MEMORY_HELP)
 @click.option(
     "--api-key", "keys", multiple=True, metavar="KEY|@FILE", help="The password of the page, as octavo serve's."
 )
@@ -40,6 +50,7 @@ def command(
     host: str,
     port: int,
     memory: str | None,
+    gpu_memory: str | None,
     keys: tuple[str, ...],
     pairs: tuple[str, ...],
 ) -> None:
@@ -60,8 +71,9 @@ def command(
 
     options = parse_pairs(pairs)
     loading = take_loading(options)
-    if remote is not None and (model is not None or memory is not None or loading):
-        raise OptionError("--remote has its model elsewhere", hint="leave out MODEL, --memory and -o context=N")
+    if remote is not None and (model is not None or memory is not None or gpu_memory is not None or loading):
+        hint = "leave out MODEL, --memory, --gpu-memory and -o context=N"
+        raise OptionError("--remote has its model elsewhere", hint=hint)
     persona = None if remote is not None else choose_persona(None, model)
     sampling(persona, options)  # what is misspelt should not wait for the model
     given = read_keys(keys)
@@ -83,7 +95,7 @@ def command(
             from octavo.serve.worker import Worker
             from octavo.ui.local import LocalModel
 
-            llm = load(model, None, None, None, left_of(memory, PAGE_BYTES), loading)
+            llm = load(model, None, None, None, left_of(memory, PAGE_BYTES), loading, gpu_memory)
             name = SHIPPED if model is None else model
             backend = LocalModel(llm, closing.enter_context(Worker(llm)))
         speaker = None if persona is None else persona.name.lower()

@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 import torch
 
 from octavo.args import ModelArgs
-from octavo.budget import plan_checkpoint, store_weights
+from octavo.budget import goes_on_card, left_for_model, plan_checkpoint, plan_checkpoint_on_card, store_weights
 from octavo.checkpoint import Checkpoint
 from octavo.engine import with_context
 from octavo.errors import OptionError
+from octavo.kernels.memory import free_on_card
 from octavo.load import parse_dtype
 from octavo.machine import SPARE, room
-from octavo.plan import kv_cache_bytes, parse_size, show_size, weights_at, workspace_bytes
+from octavo.plan import kv_cache_bytes, show_size, weights_at, workspace_bytes
+from octavo.plan_card import NUMBER, CardPlan, card_footprint
 
 MOST = 16
 STREAMED_SHARE = 10  # of a budget within which experts are streamed, keys and values get a tenth at most
@@ -71,6 +73,7 @@ def batch_for(
     context: int | None,
     prefix_bytes: int,
     wanted: int | None,
+    gpu_memory: str | None = None,
 ) -> Batch:
     """Choose for a checkpoint that is to be loaded here; the arguments are `LLM.load`'s.
 
@@ -78,9 +81,20 @@ def batch_for(
         UserError: as `choose_batch` and `octavo.budget.plan_checkpoint`.
     """
     args = checkpoint.args
+    if goes_on_card(checkpoint, dtype=dtype, device=device, bits=bits, memory=memory, gpu_memory=gpu_memory):
+        plan_on_card = plan_checkpoint_on_card(
+            checkpoint,
+            None if gpu_memory is None else left_for_model("gpu_memory", gpu_memory, prefix_bytes),
+            memory,
+            free=free_on_card(device or "cuda") - prefix_bytes,
+            dtype=dtype,
+            bits=bits,
+            context=context,
+        )
+        return batch_on_card(plan_on_card, wanted)
     number = (parse_dtype(dtype) or checkpoint.info("tok_embeddings.weight").dtype).itemsize
     if memory is not None:
-        budget = parse_size(memory) - prefix_bytes
+        budget = left_for_model("memory", memory, prefix_bytes)
         options: dict[str, Any] = {"dtype": dtype, "device": device, "bits": bits, "context": context}
         plan = plan_checkpoint(checkpoint, budget, **options)
         one = plan.footprint.kv_cache
@@ -95,6 +109,24 @@ def batch_for(
     weights = store_weights(checkpoint) if kept else weights_at(args, int(bits) if bits else 8 * number)
     taken = weights.total + workspace_bytes(args, weights, tokens, MOST) + prefix_bytes
     return choose_batch(args, context=tokens, number=number, available=_free(device) - taken, wanted=wanted)
+
+
+def batch_on_card(plan: CardPlan, wanted: int | None) -> Batch:
+    """Choose for a card.
+
+    Args:
+        plan: of one sequence there.
+        wanted: as for `choose_batch`.
+
+    Raises:
+        OptionError: not so many as are wanted have room.
+    """
+    most = max(MOST, wanted or 0)  # sequences take workspace too; so much of it is left out of what keys may take
+    whole = card_footprint(plan.args, plan.weights, plan.context, most)
+    left = plan.gpu_budget - whole.total + whole.kv_cache
+    if plan.placement is not None:
+        left = plan.gpu_budget // STREAMED_SHARE
+    return choose_batch(plan.args, context=plan.context, number=NUMBER, available=left, wanted=wanted, least=1)
 
 
 def _free(device: str | None) -> float:
