@@ -126,7 +126,7 @@ def test_bfloat16_weights_run_on_kernels_too(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"bits": 5}, "bits is 5; expected one of 8, 4, 3, 2"),
-        ({"bits": 4, "device": "meta"}, "device is 'meta'; low-bit weights are computed with on the CPU"),
+        ({"bits": 4, "device": "meta"}, "device is 'meta'; low-bit weights are for the CPU or a CUDA GPU"),
     ],
 )
 def test_options_that_make_no_sense_are_told(options: dict[str, Any], message: str) -> None:

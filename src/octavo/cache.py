@@ -323,7 +323,8 @@ class _GrowingStep:
         slots_BT = self._slots_BT
         if slots_BT is None:
             tokens = self.positions_BT.shape[1]
-            slots_BT = torch.arange(self._end - tokens, self._end).expand(self.positions_BT.shape)
+            slots_BT = torch.arange(self._end - tokens, self._end, device=self.positions_BT.device)
+            slots_BT = slots_BT.expand(self.positions_BT.shape)
         k_LBHSK, v_LBHSK = (x[:, self._rows, :, : self._end] for x in (self._cache.k_LBHSK, self._cache.v_LBHSK))
         return Memory(k_LBHSK, v_LBHSK, slots_BT, None if self._in_order or self.mask is None else self.mask[:, 0])
 
@@ -381,6 +382,38 @@ class _RollingStep:
         seen_BHSK = torch.cat((ring_BHSK, new_BHTK), dim=2)
         _scatter_slots(ring_BHSK, self._slots_BT, new_BHTK[:, :, -self._kept :])
         return seen_BHSK
+
+
+class StaticStep:
+    """One token for each of a cache's first rows, by tensors of which only the numbers differ from step to step.
+
+    Args:
+        cache: made at its full size.
+        n_slots: that are looked at: all that hold a token, and the new one's.
+        lengths_B: int64, tokens that each row has seen.
+        live_B: bool, whether a row takes part. One that does not is computed with too, and what it leaves in the slot
+            behind its last token is overwritten by its next one.
+    """
+
+    causal = False
+
+    def __init__(self, cache: KVCache, n_slots: int, lengths_B: Tensor, live_B: Tensor) -> None:
+        rows = len(lengths_B)
+        self.positions_BT = lengths_B[:, None]
+        slots_BT = self.positions_BT % cache.capacity
+        there_BS = cache.positions_BS[:rows]
+        there_BS.scatter_(1, slots_BT, torch.where(live_B[:, None], self.positions_BT, there_BS.gather(1, slots_BT)))
+        self.mask = visible(self.positions_BT, there_BS[:, :n_slots], cache.args.sliding_window)
+        self.mask.scatter_(3, slots_BT[:, None, None], True)  # itself, or the softmax of one that is not live is NaN
+        k_LBHSK, v_LBHSK = (x[:, :rows, :, :n_slots] for x in (cache.k_LBHSK, cache.v_LBHSK))
+        self.memory = Memory(k_LBHSK, v_LBHSK, slots_BT, self.mask[:, 0])
+
+    def update(self, layer: int, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
+        """Write, and return views of the slots that are looked at."""
+        k_BHSK, v_BHSK = self.memory.k_LBHSK[layer], self.memory.v_LBHSK[layer]
+        _scatter_slots(k_BHSK, self.memory.slots_BT, k_BTHK.transpose(1, 2))
+        _scatter_slots(v_BHSK, self.memory.slots_BT, v_BTHK.transpose(1, 2))
+        return k_BHSK, v_BHSK
 
 
 def _growth(have: int, want: int, limit: int) -> int:

@@ -21,8 +21,11 @@ from torch import Tensor
 
 from octavo.args import ModelArgs
 from octavo.cache import KVCache, make_cache
+from octavo.card import on_card
+from octavo.decode import Decoder, Launched, launch, send
 from octavo.errors import OctavoError, OptionError, PromptError
 from octavo.kernels import torch_on_one_thread
+from octavo.kernels.memory import taking
 from octavo.kernels.modules import uses_kernels
 from octavo.machine import check_room
 from octavo.model import Mixtral
@@ -37,6 +40,7 @@ from octavo.sampling import (
     token_logprobs,
     tokens_logprobs,
 )
+from octavo.sampling_batch import BatchParams, batch_params, samples_on_device, uniforms
 
 FinishReason = Literal["stop", "length", "error"]
 PromptLogprobs = tuple[TokenLogprobs | None, ...]
@@ -113,6 +117,8 @@ class Engine:
         prefix_bytes: of keys and values that are kept of sequences that are over, for prompts that begin like these.
         whole_cache: make the key-value cache once, as large as it can become (`octavo.plan.kv_cache_bytes`); one that
             grows needs room for two at a time.
+        ahead: decode by `octavo.decode`, on the device alone: a step is begun before the host has seen the last one's
+            tokens. Needs the whole cache. By default for models on a card.
 
     Attributes:
         context: tokens of a sequence.
@@ -131,12 +137,14 @@ class Engine:
         context: int | None = None,
         prefix_bytes: int = 0,
         whole_cache: bool = False,
+        ahead: bool | None = None,
     ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise OptionError(f"{name} is {value}; expected an integer of at least 1")
         self._args = model.args if context is None else with_context(model.args, context)
-        self._whole_cache = whole_cache
+        self._ahead = on_card(model) if ahead is None else ahead
+        self._whole_cache = whole_cache or self._ahead
         self._stale = False  # the cache, after a failure
         self.context = self._args.max_seq_len
         self.model = model
@@ -144,6 +152,9 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self._torch_threads = torch_on_one_thread if uses_kernels(model) else nullcontext
         self._cache: KVCache | None = None
+        self._decoder: Decoder | None = None
+        self._launched: Launched | None = None
+        self._params: tuple[list[_Sequence], BatchParams] | None = None  # of the last step that was launched
         self._prefixes = PrefixCache(prefix_bytes)
         self.computing: tuple[tuple[int, int], ...] = ()
         self._live: dict[int, _Sequence] = {}
@@ -360,12 +371,86 @@ class Engine:
 
     def _decode(self, n: int) -> None:
         """One token for each of the first n rows."""
+        running = self._running[:n]
+        if self._may_go_ahead(running):
+            self._decode_ahead(running)
+            return
+        self._collect(None)
+        running = [sequence for sequence in running if not sequence.over]
+        if len(running) < n:  # some ended with what was under way: rows are closed up before the next step
+            return
         if n == 0:
             return
-        running = self._running[:n]
-        logits_B1V = self._forward(running, [(sequence.generated[-1],) for sequence in running], 0)
-        for sequence, logits_1V in zip(running, logits_B1V, strict=True):
-            self._choose(sequence, logits_1V[0])
+        tokens = [sequence.generated[-1] for sequence in running]
+        if self._ahead and self._decoder_of_rows().is_usable():
+            logits_BV = self._decoder_of_rows().step(send([tokens], torch.int64, self.model.device)[0]).cpu()
+        else:
+            logits_BV = self._forward(running, [(token,) for token in tokens], 0)[:, 0]
+        for sequence, logits_V in zip(running, logits_BV, strict=True):
+            self._choose(sequence, logits_V)
+
+    # ---------------------------------------- decoding ahead of the host
+
+    def _may_go_ahead(self, running: Sequence[_Sequence]) -> bool:
+        """Whether the device can choose all of these sequences' tokens, and nobody wants to look on."""
+        if not self._ahead or not running or not self._decoder_of_rows().is_usable():
+            return False
+        return all(one.constraint is None and samples_on_device(one.params) for one in running)
+
+    def _decode_ahead(self, running: list[_Sequence]) -> None:
+        """Begin a step, then look at the one before: while the host is at it, the device computes.
+
+        A sequence that turns out to be over was computed with once too often, which nobody is told. One that is bound
+        to end with the tokens under way is not: it would leave a gap among the rows.
+        """
+        if self._launched is None:
+            self._launched = self._launch(running)
+        under_way = self._launched.sequences
+        if any(len(one.generated) + (one in under_way) >= one.limit for one in running):
+            self._collect(None)
+        else:
+            self._collect(self._launch(running))
+
+    def _launch(self, running: list[_Sequence]) -> Launched:
+        device = self.model.device
+        if self._params is None or self._params[0] != running:
+            self._params = (running, batch_params([one.params for one in running], device))
+        how = self._params[1]
+        pinned = device.type == "cuda"
+        numbers = uniforms([one.params for one in running], [one.generator for one in running], pinned=pinned)
+        return launch(self._decoder_of_rows(), running, self._last_tokens(running), how, numbers)
+
+    def _last_tokens(self, running: list[_Sequence]) -> Tensor:
+        """The token to feed to each: what is under way on the device, or what the host has."""
+        device, before = self.model.device, self._launched
+        known = send([[one.generated[-1] for one in running]], torch.int64, device)[0]
+        if before is None:
+            return known
+        if before.sequences == running:
+            return before.ids_B
+        place = {id(one): row for row, one in enumerate(before.sequences)}
+        rows = send([[place.get(id(one), -1) for one in running]], torch.int64, device)[0]
+        return torch.where(rows < 0, known, before.ids_B[rows.clamp(min=0)])
+
+    def _collect(self, following: Launched | None) -> None:
+        """Tell the tokens of the step under way; another one may be under way behind it."""
+        launched, self._launched = self._launched, following
+        if launched is None:
+            return
+        for sequence, (token_id, ok) in zip(launched.sequences, launched.tokens(), strict=True):
+            if sequence.over:
+                continue
+            if ok:
+                self._accept(sequence, token_id)
+            else:
+                self._fail(sequence, OctavoError("the model's logits are NaN, infinite or all -inf"))
+
+    def _decoder_of_rows(self) -> Decoder:
+        if self._decoder is None:
+            self._decoder = Decoder(self.model, self._rows)
+        return self._decoder
+
+    # ---------------------------------------- one forward, and what is chosen of it
 
     def _forward(
         self, sequences: Sequence[_Sequence], ids_BT: Sequence[tuple[int, ...]], row: int, *, last_only: bool = True
@@ -394,10 +479,17 @@ class Engine:
             wanted = params.logprobs
             logprobs = None if wanted is None else token_logprobs(logits_V, token_id, wanted)
         except Exception as error:
-            sequence.failed = True
-            self._rows.wipe_row(self._running.index(sequence))
-            self._tell(sequence, Event(sequence.id, None, finish_reason="error", error=error))
+            self._fail(sequence, error)
             return
+        self._accept(sequence, token_id, logprobs)
+
+    def _fail(self, sequence: _Sequence, error: Exception) -> None:
+        sequence.failed = True
+        self._rows.wipe_row(self._running.index(sequence))
+        self._tell(sequence, Event(sequence.id, None, finish_reason="error", error=error))
+
+    def _accept(self, sequence: _Sequence, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
+        """Take a token for a sequence's next, and tell it."""
         if sequence.history is not None:
             sequence.history.append(token_id)
         sequence.generated.append(token_id)
@@ -437,6 +529,9 @@ class Engine:
             self._prefilling = None
         if self._prefilling is not None and keep < n_before:
             self._rows.copy_row(n_before, keep)
+        if self._decoder is not None:
+            for row in range(keep + (self._prefilling is not None), n_before + (self._prefilling is not None)):
+                self._rows.reset_row(row)  # how long unused rows are decides how much of all is looked at
 
     def _save(self, sequence: _Sequence, row: int) -> None:
         """Keep a sequence's keys and values for prompts that begin like it: those of all tokens but the last."""
@@ -452,7 +547,9 @@ class Engine:
             args, batch, dtype, device = self._args, self.max_batch_size, self.model.dtype, self.model.device
             if self._whole_cache and device.type == "cpu":
                 check_room(kv_cache_bytes(args, self.context, batch, dtype.itemsize))
-            self._cache = make_cache(args, batch, whole=self._whole_cache, dtype=dtype, device=device)
+            with taking("KV cache", kv_cache_bytes(args, self.context, batch, dtype.itemsize), device):
+                self._cache = make_cache(args, batch, whole=self._whole_cache, dtype=dtype, device=device)
+            self._decoder = None
         elif self._stale:
             self._cache.wipe()
         self._stale = False
@@ -471,7 +568,7 @@ class Engine:
             sequence.over = True
             if sequence.id not in told:
                 self._outbox.append(Event(sequence.id, None, finish_reason="error", error=error))
-        self._running, self._prefilling, self._stale = [], None, True
+        self._running, self._prefilling, self._launched, self._stale = [], None, None, True
         if not self._whole_cache:
             self._cache = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from octavo.args import ModelArgs
+from octavo.card import CardBlock
 from octavo.checkpoint import Checkpoint, open_checkpoint
 from octavo.compiled import IN_PLACE_OF, in_place_of
 from octavo.errors import OptionError
-from octavo.experts import ExpertCache, StreamedExperts
+from octavo.experts import DiskCache, StreamedExperts
+from octavo.experts.card import CachedExperts, CardCache, HostExperts
 from octavo.experts.disk import OnDisk, not_streamable
 from octavo.experts.prefetch import Ahead, Prefetch
 from octavo.kernels import backend
+from octavo.kernels.card import ALIGNMENT, CardExperts, CardLinear, copy_into, kind_of, to_card
+from octavo.kernels.memory import taking
 from octavo.kernels.modules import KernelExperts, KernelLinear
 from octavo.kernels.ops import Weight
-from octavo.model import Mixtral, MoEFeedForward
+from octavo.model import Mixtral, MoEFeedForward, TransformerBlock
 from octavo.plan import Placement
+from octavo.plan_card import CardPlacement
 from octavo.quant.formats import FORMATS, Packed
 from octavo.quant.presets import preset
 from octavo.quant.quantize import quantize
@@ -81,7 +86,7 @@ def build_model(
     device: torch.device | str | None = None,
     bits: int | str | None = None,
     kernels: bool = False,
-    placement: Placement | None = None,
+    placement: Placement | CardPlacement | None = None,
 ) -> Mixtral:
     """Make a model of a checkpoint's tensors; see `load_model`.
 
@@ -90,11 +95,11 @@ def build_model(
         dtype: see `load_model`.
         device: see `load_model`.
         bits: see `load_model`.
-        kernels: on a CPU, compute with bfloat16 weights by Octavo's kernels too. The model then has no parameters
-            for them, and cannot be trained or moved.
+        kernels: compute with bfloat16 weights by Octavo's kernels too. The model then has no parameters for them, and
+            cannot be trained or moved.
         placement: of experts that do not all stay in memory, and are read from the disk when tokens choose them; the
             same bits as with all of them in memory, which is the default. For stores, and for bfloat16 weights on a
-            CPU.
+            CPU. Or of those that do not all fit on a GPU, and lie in the host's memory.
 
     Raises:
         OptionError: experts are not kept on the disk as they are computed with, or the placement has too few bytes.
@@ -103,15 +108,24 @@ def build_model(
     wanted = parse_dtype(dtype)
     checkpoint.check()
     low_bit = checkpoint.is_store or bits is not None
-    place = _device("cpu" if low_bit and device is None else device)
-    if low_bit and place.type != "cpu":
-        raise OptionError(f"device is {str(device)!r}; low-bit weights are computed with on the CPU", hint="use cpu")
+    place = parse_device(device)
+    if low_bit and place.type not in ("cpu", "cuda"):
+        raise OptionError(f"device is {str(device)!r}; low-bit weights are for the CPU or a CUDA GPU", hint="use cpu")
     # The checkpoint's dtype is its embedding's; tensors stored otherwise are converted to it.
     wanted = wanted or checkpoint.info("tok_embeddings.weight").dtype
     if low_bit and wanted == torch.float16:
         raise OptionError(
             "dtype is float16; beside low-bit weights activations are bfloat16 or float32",
             hint="--dtype bfloat16, or float32, which loses nothing and takes more memory",
+        )
+    if place.type == "cuda" and (low_bit or (kernels and wanted == torch.bfloat16)):
+        if isinstance(placement, Placement):
+            raise OptionError("experts are read from the disk for the CPU alone", hint="--device cpu")
+        return build_on_card(checkpoint, place, wanted, bits, placement)
+    if isinstance(placement, CardPlacement):
+        raise OptionError(
+            "a GPU's own kernels compute with bfloat16 or low-bit weights",
+            hint="--device cuda, and leave dtype out",
         )
     if placement is not None:
         if place.type != "cpu" or not backend().compiled or (wanted != torch.bfloat16 and not low_bit):
@@ -157,15 +171,45 @@ def assemble(
     with torch.device("meta"), _NoInit():
         model = Mixtral(args)
     if weight is not None:
-        _use_kernels(model, weight, experts or partial(_resident, weight))
+        _replace_linears(model, lambda name: KernelLinear(weight(name)), experts or partial(_resident, weight))
+        _replace_kinds(model, IN_PLACE_OF)
     if embedding is not None:
         model.set_submodule("tok_embeddings", embedding)
-    with torch.no_grad():
-        for name, parameter in dict(model.named_parameters()).items():  # tied parameters appear once
-            if parameter.is_meta:
-                _assign(model, name, plain(name))
-        model.tie()
-    return model.eval().requires_grad_(False)
+    return _with_parameters(model, plain)
+
+
+def assemble_on_card(
+    args: ModelArgs,
+    plain: Callable[[str], Tensor],
+    weight: Callable[[str], Weight],
+    device: torch.device,
+    experts: Callable[[int, Sequence[str]], nn.Module] | None = None,
+) -> Mixtral:
+    """Put a model together whose matrices lie on a GPU, where `octavo.kernels.card` computes with them.
+
+    Args:
+        args: its shape.
+        plain: gives a parameter by its canonical name, on the device.
+        weight: gives a matrix by its canonical name, wherever it lies.
+        device: the GPU; a CPU where Triton interprets its kernels.
+        experts: see `assemble`; by default all of them lie on the card.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        OptionError: a format that is not computed with there.
+        ResourceError: the card has too little memory for a part of it.
+    """
+    with torch.device("meta"), _NoInit():
+        model = Mixtral(args)
+
+    def linear(name: str) -> nn.Module:
+        return CardLinear(to_card(weight(name), device))
+
+    _replace_linears(model, linear, experts or partial(_on_card, weight, device))
+    _replace_kinds(model, {TransformerBlock: CardBlock})
+    return _with_parameters(model, plain)
 
 
 def _streamed(checkpoint: Checkpoint, dtype: torch.dtype, bits: int | str | None, placement: Placement) -> Mixtral:
@@ -184,7 +228,7 @@ def _streamed(checkpoint: Checkpoint, dtype: torch.dtype, bits: int | str | None
             for e in range(args.moe.num_experts):
                 name = f"layers.{layer}.feed_forward.experts.{e}"
                 kinds[layer, e], stored[layer, e] = disk.expert((layer, e), name)
-        cache = ExpertCache(stored, placement, disk.verify)
+        cache = DiskCache(stored, placement, disk.verify)
         model = assemble(
             args,
             lambda name: _aligned(disk.plain(name)),
@@ -198,6 +242,65 @@ def _streamed(checkpoint: Checkpoint, dtype: torch.dtype, bits: int | str | None
             if isinstance(module, StreamedExperts):
                 module.prefetch = prefetch
     return model
+
+
+def build_on_card(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int | str | None = None,
+    placement: CardPlacement | None = None,
+) -> Mixtral:
+    """Make a model for a GPU's own kernels; see `build_model`.
+
+    Args:
+        checkpoint: any that `Checkpoint.check` has passed.
+        device: the GPU; a CPU where Triton interprets its kernels.
+        dtype: of weights that are not low-bit.
+        bits: 8 or 4 to quantise while loading.
+        placement: where not all experts are on the card.
+
+    Raises:
+        UserError: see `build_model`, and `assemble_on_card`.
+    """
+    weights, args = _Weights(checkpoint, bits), checkpoint.args
+
+    def plain(name: str) -> Tensor:
+        with taking("other weights", 0, device):
+            return checkpoint.read(name).to(device=device, dtype=dtype).contiguous()
+
+    def weight(name: str) -> Weight:
+        packed = weights.packed(name)
+        return checkpoint.read(name).to(dtype) if packed is None else packed
+
+    if placement is None or args.moe is None:
+        return assemble_on_card(args, plain, weight, device)
+    names = {
+        (layer, e): f"layers.{layer}.feed_forward.experts.{e}"
+        for layer in range(args.n_layers)
+        for e in range(args.moe.num_experts)
+    }
+    return assemble_on_card(args, plain, weight, device, cached_experts(names, weight, placement, device))
+
+
+def cached_experts(
+    names: Mapping[tuple[int, int], str],
+    weight: Callable[[str], Weight],
+    placement: CardPlacement,
+    device: torch.device,
+) -> Callable[[int, Sequence[str]], nn.Module]:
+    """Experts of which a card holds some, for `assemble_on_card`.
+
+    Args:
+        names: what the names of each expert's matrices begin with, by layer and number.
+        weight: gives a matrix by its name.
+        placement: of the experts.
+        device: the card.
+    """
+    first = next(iter(names.values()))
+    k1, k3, k2 = (kind_of(weight(f"{first}.{w}.weight")) for w in ("w1", "w3", "w2"))
+    cache = CardCache(HostExperts(names, weight), (k1, k3, k2), placement, device)
+    return lambda layer, of_layer: CachedExperts(layer, len(of_layer), cache)
 
 
 def _routers_ahead(model: Mixtral) -> list[Ahead]:
@@ -233,10 +336,20 @@ def _is_store(checkpoint: Checkpoint, bits: int | str) -> OptionError:
     )
 
 
-def _use_kernels(
-    model: Mixtral, weight: Callable[[str], Weight], experts: Callable[[int, Sequence[str]], nn.Module]
+def _with_parameters(model: Mixtral, plain: Callable[[str], Tensor]) -> Mixtral:
+    """The model in evaluation mode, with all parameters that modules still want."""
+    with torch.no_grad():
+        for name, parameter in dict(model.named_parameters()).items():  # tied parameters appear once
+            if parameter.is_meta:
+                _assign(model, name, plain(name))
+        model.tie()
+    return model.eval().requires_grad_(False)
+
+
+def _replace_linears(
+    model: Mixtral, linear: Callable[[str], nn.Module], experts: Callable[[int, Sequence[str]], nn.Module]
 ) -> None:
-    """Put modules of kernels in the places of all but the embedding."""
+    """Put modules in the places of experts and of all matrices but the embedding, by the names of their weights."""
     n_mixtures = 0
     for path, module in list(model.named_modules()):
         if isinstance(module, MoEFeedForward):
@@ -248,11 +361,25 @@ def _use_kernels(
             and ".experts." not in path
             and not (path == "output" and model.args.tie_embeddings)
         ):
-            model.set_submodule(path, KernelLinear(weight(f"{path}.weight")))
+            model.set_submodule(path, linear(f"{path}.weight"))
+
+
+def _replace_kinds(model: Mixtral, kinds: Mapping[type[nn.Module], type[nn.Module]]) -> None:
     for path, module in list(model.named_modules()):
-        for kind, faster in IN_PLACE_OF.items():
+        for kind, other in kinds.items():
             if type(module) is kind:
-                model.set_submodule(path, in_place_of(module, faster))
+                model.set_submodule(path, in_place_of(module, other))
+
+
+def _on_card(weight: Callable[[str], Weight], device: torch.device, layer: int, names: Sequence[str]) -> CardExperts:
+    """A layer's experts on the card, one matrix behind the other: torch rounds up what is allocated alone."""
+    wanted = [[f"{name}.{w}.weight" for w in ("w1", "w3", "w2")] for name in names]
+    kinds = [kind_of(weight(name)) for name in wanted[0]]
+    nbytes = [-(-kind.nbytes // ALIGNMENT) * ALIGNMENT for kind in kinds]
+    with taking("experts", len(names) * sum(nbytes), device):
+        room = torch.empty(len(names) * sum(nbytes), dtype=torch.uint8, device=device)
+    places = iter(torch.split(room, nbytes * len(names)))
+    return CardExperts([[copy_into(next(places), weight(name)) for name in of_one] for of_one in wanted])
 
 
 def _resident(weight: Callable[[str], Weight], layer: int, names: Sequence[str]) -> KernelExperts:
@@ -302,7 +429,12 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def parse_device(device: torch.device | str | None) -> torch.device:
+    """A device by its name; None is a GPU if there is one, else the CPU.
+
+    Raises:
+        OptionError: it cannot be used here.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -12,20 +12,21 @@ import ctypes
 import os
 import random
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 from octavo.errors import CheckpointError, OptionError
 from octavo.experts.memory import Memory
 from octavo.experts.reader import Layout, Read, Reader, pages
+from octavo.experts.slots import CacheCounters, Key, LayerCounters, Slot, Slots
 from octavo.plan import PASSING, Placement
 from octavo.storage.files import Place
 
+__all__ = ["CacheCounters", "DiskCache", "ExpertCache", "Held", "Key", "LayerCounters", "Piece", "Stored"]
+
 PIECE = 16 << 20  # bytes, to measure the disk by where nothing is left to be streamed
-Key = tuple[int, int]
-"""Layer and number of an expert."""
 
 
 class Stored(NamedTuple):
@@ -40,69 +41,6 @@ class Stored(NamedTuple):
     step: int
 
 
-@dataclass
-class LayerCounters:
-    """What happened in one layer.
-
-    Attributes:
-        hits, misses: experts all of which was there when they were asked for, and of which something was not.
-        evictions: tails that made room for one of this layer.
-        asked_nbytes, found_nbytes: of the experts that were asked for, and of what was there of them.
-        nbytes: read.
-        wait_seconds: in which the computation waited for reads.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    asked_nbytes: int = 0
-    found_nbytes: int = 0
-    nbytes: int = 0
-    wait_seconds: float = 0.0
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the bytes asked for that were there; 0 where none were."""
-        return self.found_nbytes / max(1, self.asked_nbytes)
-
-    def since(self, earlier: LayerCounters) -> LayerCounters:
-        """What happened since a copy was made."""
-        return LayerCounters(**{name: now - getattr(earlier, name) for name, now in vars(self).items()})
-
-
-@dataclass(frozen=True)
-class CacheCounters:
-    """What happened, by layer, since the cache was made.
-
-    Attributes:
-        layers: by number.
-    """
-
-    layers: Mapping[int, LayerCounters]
-
-    @property
-    def total(self) -> LayerCounters:
-        """All layers together."""
-        sums = LayerCounters()
-        for one in self.layers.values():
-            for field in fields(one):
-                setattr(sums, field.name, getattr(sums, field.name) + getattr(one, field.name))
-        return sums
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the bytes asked for that were there; 0 where none were."""
-        return self.total.hit_rate
-
-    def copy(self) -> CacheCounters:
-        """As they are now."""
-        return CacheCounters({layer: LayerCounters(**vars(one)) for layer, one in self.layers.items()})
-
-    def since(self, earlier: CacheCounters) -> CacheCounters:
-        """What happened since a copy was made."""
-        return CacheCounters({layer: one.since(earlier.layers[layer]) for layer, one in self.layers.items()})
-
-
 class _Part:
     """The head or the tail of an expert: pieces of its matrices, of which the file has them one behind the other."""
 
@@ -114,19 +52,12 @@ class _Part:
         self.nbytes = sum(self.sizes)
 
 
-@dataclass(eq=False)
-class _Slot:
-    """Memory for a tail, and the expert whose tail is or will be there.
-
-    Attributes:
-        ahead: it was read before anybody asked for it, and nobody has yet.
-    """
+@dataclass(eq=False, kw_only=True)
+class _Slot(Slot):
+    """Memory for a tail, and what is being read there."""
 
     address: int
-    key: Key | None = None
     read: Read | None = None
-    users: int = 0
-    ahead: bool = False
 
 
 class Piece(NamedTuple):
@@ -151,7 +82,44 @@ class Held:
 
 
 class ExpertCache:
-    """Experts in memory, as far as a budget holds them.
+    """Experts in memory, as far as a budget holds them; the others come from elsewhere when they are needed.
+
+    `ExpertCache(experts, placement, verify)` is a `DiskCache`, as a `pathlib.Path` is one of the system's kind;
+    `octavo.experts.card.CardCache` is another.
+
+    Attributes:
+        n_slots: for experts, or tails of them, that there is room for at a time.
+        nbytes: of memory for experts.
+    """
+
+    n_slots: int
+    nbytes: int
+    _layers: dict[int, LayerCounters]
+
+    def __new__(cls, *args: Any, **options: Any) -> ExpertCache:
+        """Read from the disk, where nothing else is said."""
+        return super().__new__(DiskCache if cls is ExpertCache else cls)
+
+    @property
+    def counters(self) -> CacheCounters:
+        """What happened so far; a view that goes on counting."""
+        return CacheCounters(self._layers)
+
+    def has_layer(self, layer: int) -> bool:
+        """Whether a layer of this number has experts here."""
+        return layer in self._layers
+
+    def holds(self, key: Key) -> bool:
+        """Whether all of an expert is there, or on its way."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Wait for what is on its way; nothing can be asked for afterwards."""
+        raise NotImplementedError
+
+
+class DiskCache(ExpertCache):
+    """Experts that are read from the disk, as far as they are not in memory.
 
     Args:
         experts: the matrices of each.
@@ -186,26 +154,17 @@ class ExpertCache:
         for key, head in self._heads.items():
             self._head_at[key] = address
             address += head.layout.nbytes
-        self._free = [_Slot(address + i * self.tail_nbytes) for i in reversed(range(self.n_slots))]
-        self._used: OrderedDict[Key, _Slot] = OrderedDict()  # longest ago first
         self._head_reads: dict[Key, Read | None] = {}  # None: read, and as it should be
         self._verified: set[Key] = set()
         self._reader = Reader()
+        slots = [_Slot(address=address + i * self.tail_nbytes) for i in range(self.n_slots)]
+        self._slots = Slots(slots, partial(_stop, self._reader))
         self._process = os.getpid()
         self._layers = {layer: LayerCounters() for layer, _ in sorted(experts)}
 
-    @property
-    def counters(self) -> CacheCounters:
-        """What happened so far; a view that goes on counting."""
-        return CacheCounters(self._layers)
-
-    def has_layer(self, layer: int) -> bool:
-        """Whether a layer of this number has experts here."""
-        return layer in self._layers
-
     def holds(self, key: Key) -> bool:
         """Whether all of an expert is there, or being read."""
-        return key in self._head_reads and (key in self._used or not self._tails[key].nbytes)
+        return key in self._head_reads and (key in self._slots or not self._tails[key].nbytes)
 
     def take(self, key: Key) -> Held | None:
         """Ask for an expert, which is then being read as far as it is not there; None where every slot is in use.
@@ -218,49 +177,41 @@ class ExpertCache:
         """
         self._check_process()
         self._forget_failed(key)
-        head, tail, slot = self._heads[key], self._tails[key], self._used.get(key)
+        head, tail, slot = self._heads[key], self._tails[key], self._slots.get(key)
         counters = self._layers[key[0]]
         found = (key in self._head_reads) * head.nbytes + (slot is not None and not slot.ahead) * tail.nbytes
         if tail.nbytes and slot is None:
-            slot = self._make_room(counters, ahead=False)
+            slot = self._slots.make_room(counters, ahead=False)
             if slot is None:
                 return None
-            self._read_tail(slot, key, later=False)
+            self._read_tail(slot, key, ahead=False)
         if slot is not None:
             if slot.ahead and slot.read is not None:
                 self._reader.hurry(slot.read)
-            slot.ahead = False
-            self._used.move_to_end(key)
-            slot.users += 1
+            self._slots.use(slot)
         try:
             self._read_head(key)
         except BaseException:
             if slot is not None:
                 slot.users -= 1
             raise
-        counters.asked_nbytes += head.nbytes + tail.nbytes
-        counters.found_nbytes += found
-        counters.hits += found == head.nbytes + tail.nbytes
-        counters.misses += found < head.nbytes + tail.nbytes
+        counters.ask(head.nbytes + tail.nbytes, found)
         return Held(key, self._matrices(key, slot), slot)
 
     def prefetch(self, key: Key) -> bool:
         """Begin to read what an expert lacks, behind all that is waited for; False where there is no room for it."""
         self._forget_failed(key)
-        if self._tails[key].nbytes and key not in self._used:
-            slot = self._make_room(self._layers[key[0]], ahead=True)
+        if self._tails[key].nbytes and key not in self._slots:
+            slot = self._slots.make_room(self._layers[key[0]], ahead=True)
             if slot is None:
                 return False
-            slot.ahead = True
-            self._read_tail(slot, key, later=True)
+            self._read_tail(slot, key, ahead=True)
         self._read_head(key)
         return True
 
     def end_layer(self, layer: int) -> None:
         """Say that nothing more is asked for in a layer: what was read ahead for it in vain is like all else now."""
-        for key, slot in self._used.items():
-            if key[0] == layer:
-                slot.ahead = False
+        self._slots.end_layer(layer)
 
     def check(self, held: Held) -> None:
         """Wait for what an expert lacks; after what was computed with it: whether that is valid.
@@ -303,7 +254,7 @@ class ExpertCache:
         """
         heads = [key for key, read in self._head_reads.items() if read is None]
         there = [(self._heads[key].layout, self._head_at[key]) for key in heads]
-        there += [(self._tails[key].layout, slot.address) for key, slot in self._used.items() if slot.read is None]
+        there += [(self._tails[key].layout, slot.address) for key, slot in self._slots.items() if slot.read is None]
         most = self.tail_nbytes or PIECE
         there = [one for one in there if 2 * one[0].nbytes >= most] or there
         random.shuffle(there)
@@ -334,16 +285,14 @@ class ExpertCache:
             self._head_reads[key] = read
             self._layers[key[0]].nbytes += head.layout.nbytes
 
-    def _read_tail(self, slot: _Slot, key: Key, *, later: bool) -> None:
+    def _read_tail(self, slot: _Slot, key: Key, *, ahead: bool) -> None:
         tail = self._tails[key]
         try:
-            slot.read = self._reader.start(tail.layout, slot.address, later=later)
+            slot.read = self._reader.start(tail.layout, slot.address, later=ahead)
         except BaseException:
-            slot.ahead = False
-            self._free.append(slot)
+            self._slots.free(slot)
             raise
-        slot.key = key
-        self._used[key] = slot
+        self._slots.put(slot, key, ahead=ahead)
         self._layers[key[0]].nbytes += tail.layout.nbytes
 
     def _matrices(self, key: Key, slot: _Slot | None) -> list[tuple[Piece, Piece]]:
@@ -359,33 +308,15 @@ class ExpertCache:
         ]
 
     def _reads(self, key: Key) -> list[Read]:
-        slot = self._used.get(key)
+        slot = self._slots.get(key)
         reads = (self._head_reads.get(key), None if slot is None else slot.read)
         return [read for read in reads if read is not None]
 
     # ---------------------------------------- forgetting
 
-    def _make_room(self, counters: LayerCounters, *, ahead: bool) -> _Slot | None:
-        """A free slot; what was read ahead makes room last, and not for more of it."""
-        if not self._free:
-            unused = [slot for slot in self._used.values() if not slot.users and not (ahead and slot.ahead)]
-            if not unused:
-                return None
-            self._empty(next((slot for slot in unused if not slot.ahead), unused[0]))
-            counters.evictions += 1
-        return self._free.pop()
-
-    def _empty(self, slot: _Slot) -> None:
-        if slot.read is not None:
-            self._reader.cancel(slot.read)  # until then the memory may be written to
-        if slot.key is not None:
-            self._used.pop(slot.key, None)
-        slot.key, slot.read, slot.users, slot.ahead = None, None, 0, False
-        self._free.append(slot)
-
     def _forget_failed(self, key: Key) -> None:
         """What was read ahead, and failed while nobody waited for it."""
-        slot = self._used.get(key)
+        slot = self._slots.get(key)
         if slot is not None and slot.users:
             return
         for read in self._reads(key):
@@ -402,8 +333,8 @@ class ExpertCache:
             self._reader.cancel(head)
         self._head_reads.pop(key, None)
         self._verified.discard(key)
-        if key in self._used:
-            self._empty(self._used[key])
+        if (slot := self._slots.get(key)) is not None:
+            self._slots.empty(slot)
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
@@ -411,6 +342,13 @@ class ExpertCache:
                 "this process was forked from the one that loaded the model, whose threads read the experts",
                 hint="load the model in the process that uses it",
             )
+
+
+def _stop(reader: Reader, slot: _Slot) -> None:
+    """See that nothing more is written to a slot's memory."""
+    if slot.read is not None:
+        reader.cancel(slot.read)
+        slot.read = None
 
 
 def _share_out(

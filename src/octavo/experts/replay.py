@@ -109,7 +109,7 @@ def replay(
     steps: Sequence[int] | None = None,
     skip: int = 0,
 ) -> ReplayResult:
-    """Simulate `octavo.experts.ExpertCache` under `StreamedExperts`.
+    """Simulate `octavo.experts.DiskCache` under `StreamedExperts`.
 
     Args:
         topk_ids: [tokens, layers, top_k], as of a `RoutingTrace`.

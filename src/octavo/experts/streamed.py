@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from octavo.experts.cache import ExpertCache, Held
+from octavo.experts.cache import DiskCache, Held
 from octavo.experts.prefetch import Prefetch
 from octavo.kernels.ops import Matrix, PartedMatrix, Weight, moe_part, waited
 from octavo.quant.formats import Format, Packed
@@ -29,7 +29,7 @@ class StreamedExperts(nn.Module):
         prefetch: reads ahead for the next layer, by what its router would choose now; None to leave it.
     """
 
-    def __init__(self, layer: int, kinds: Sequence[Sequence[Kind]], cache: ExpertCache) -> None:
+    def __init__(self, layer: int, kinds: Sequence[Sequence[Kind]], cache: DiskCache) -> None:
         super().__init__()
         self.layer, self.cache = layer, cache
         self._kinds = kinds

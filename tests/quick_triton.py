@@ -1,0 +1,26 @@
+"""Import this to have Triton's interpreter run the card's kernels three times as fast, where there is no GPU.
+
+It prepares its language anew for every call of a function within a kernel, and looks for overflow in each sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    _prepared: set[int] = set()
+
+    def _call(function: Any, *args: Any, **options: Any) -> Any:
+        namespace = id(function.fn.__globals__)
+        if namespace not in _prepared:
+            _prepared.add(namespace)
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*args, **options)
+
+    interpreter.InterpretedFunction.__call__ = _call
+    _builder = interpreter.interpreter_builder
+    _builder.options = dataclasses.replace(_builder.options, sanitize_overflow=False)
