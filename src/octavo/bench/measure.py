@@ -18,7 +18,7 @@ from octavo.args import ModelArgs
 from octavo.bench.routing import Choice, routed
 from octavo.engine import Engine, Event
 from octavo.errors import OptionError
-from octavo.experts import ExpertCache, StreamedExperts
+from octavo.experts import DiskCache, StreamedExperts
 from octavo.experts.replay import replay
 from octavo.experts.trace import Recording, record
 from octavo.kernels import backend, dot_peak, read_bandwidth, threads
@@ -37,6 +37,8 @@ DOT_SECONDS = 0.3
 """How long products in registers are measured at a time."""
 SHORT = 16
 """Tokens of the prompts before decoding."""
+OTHER = 1 << 20
+"""The seed of a prompt that is none of the others."""
 
 
 def matrices(model: nn.Module) -> list[Matrix]:
@@ -50,7 +52,7 @@ def matrices(model: nn.Module) -> list[Matrix]:
     return found
 
 
-def cache_of(model: nn.Module) -> ExpertCache | None:
+def cache_of(model: nn.Module) -> DiskCache | None:
     """The cache of a model's experts, where they are streamed."""
     return next((module.cache for module in model.modules() if isinstance(module, StreamedExperts)), None)
 
@@ -115,12 +117,12 @@ class Bench:
         else:
             engine = Engine(self.model, max_batch_size=self.batch, context=self.context, whole_cache=True)
         # First touches: pages, threads, arenas; and the first read of experts that then stay.
-        cold_seconds = self._prefill(engine, 8 if disk is None else self.prompt, _OTHER)
+        cold_seconds = self._prefill(engine, 8 if disk is None else self.prompt, OTHER)
         dot_limit = dot_peak(DOT_SECONDS)
         prefill_seconds = self._prefill(engine, self.prompt, 0)
         dot_limit = statistics.median((dot_limit, dot_peak(DOT_SECONDS), dot_peak(DOT_SECONDS)))
         prefill_tok_s = self.prompt / prefill_seconds
-        operations = 2 * self._multiplied_params() * self.prompt + 2 * self._head_params()
+        operations = prefill_operations(self.model.args, self.prompt)
         return {
             "prompt": self.prompt,
             "decode": self.decode,
@@ -138,25 +140,18 @@ class Bench:
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
-    def _prompt(self, n: int, which: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed + which)
-        return torch.randint(0, self.model.args.vocab_size, (n,), generator=generator).tolist()
-
     def _prefill(self, engine: Engine, n: int, which: int) -> float:
         """Seconds to read a prompt of n random tokens, to the logits of its last."""
-        seq_id = engine.add(self._prompt(n, which), SamplingParams(max_tokens=2, temperature=1.0, seed=1))
-        while not (events := _step(engine)):
+        ids = random_prompt(self.model.args, n, self.seed + which)
+        seq_id = engine.add(ids, SamplingParams(max_tokens=2, temperature=1.0, seed=1))
+        while not (events := step(engine)):
             pass
         engine.cancel(seq_id)
         return events[0].prefill_seconds
 
     def _decode(self, engine: Engine, disk: _Disk | None) -> dict[str, Any]:
         """Decode in short stretches, with a plain read of all weights in memory, and of some on disk, between them."""
-        for row in range(self.batch):
-            params = SamplingParams(max_tokens=self.decode + self.batch + 8, temperature=1.0, seed=row)
-            engine.add(self._prompt(SHORT, row + 1), params)
-        for _ in range(self.batch + 2):
-            _step(engine)
+        begin_decoding(engine, self.decode, self.batch, self.seed)
         if disk is not None:
             disk.begin()
         weights = matrices(self.model)
@@ -169,7 +164,7 @@ class Bench:
             steps = min(left, STEPS_BETWEEN_READS)
             before, started = spent(), time.perf_counter()
             for _ in range(steps):
-                _step(engine)
+                step(engine)
             seconds, after = time.perf_counter() - started, spent()
             if disk is not None:
                 disk.note(self.batch * steps, seconds)
@@ -190,20 +185,11 @@ class Bench:
             **({} if disk is None else disk.figures()),
         }
 
-    def _head_params(self) -> int:
-        return self.model.args.vocab_size * self.model.args.dim
-
-    def _multiplied_params(self) -> int:
-        """Parameters of the matrices that a prompt's token is multiplied with; the head is for its last one alone."""
-        args = self.model.args
-        experts = args.moe.num_experts_per_tok if args.moe else 1
-        return args.n_layers * (args.attention_params + experts * args.expert_params)
-
 
 class _Disk:
     """What experts cost that are read when they are needed: counters of the decoding, beside what the disk can do."""
 
-    def __init__(self, cache: ExpertCache, recording: Recording, plan: MemoryPlan) -> None:
+    def __init__(self, cache: DiskCache, recording: Recording, plan: MemoryPlan) -> None:
         self._cache, self._recording, self._plan = cache, recording, plan
         self._tokens = self._skip = 0
         self._limits: list[float] = []
@@ -251,19 +237,39 @@ class _Disk:
             "wait_seconds_per_token": total.wait_seconds / self._tokens,
             "disk_limit_gbs": statistics.median(self._limits) / 1e9,
             "disk_burst_gbs": statistics.median(self._bursts) / 1e9,
-            "allowed_by_disk_tok_s": _median(self._allowed),
-            "decode_fraction_of_allowed": _median(self._fractions),
+            "allowed_by_disk_tok_s": median(self._allowed),
+            "decode_fraction_of_allowed": median(self._fractions),
         }
 
 
-_OTHER = 1 << 20  # a prompt that is none of the others
-
-
-def _median(values: list[float]) -> float | None:
+def median(values: list[float]) -> float | None:
+    """None where there are none."""
     return statistics.median(values) if values else None
 
 
-def _step(engine: Engine) -> list[Event]:
+def random_prompt(args: ModelArgs, n: int, seed: int) -> list[int]:
+    """Some of the model's token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, args.vocab_size, (n,), generator=generator).tolist()
+
+
+def prefill_operations(args: ModelArgs, prompt: int) -> int:
+    """Operations (two a product) of the matrices with a prompt; the head is for its last token alone."""
+    experts = args.moe.num_experts_per_tok if args.moe else 1
+    multiplied = args.n_layers * (args.attention_params + experts * args.expert_params)
+    return 2 * multiplied * prompt + 2 * args.vocab_size * args.dim
+
+
+def begin_decoding(engine: Engine, decode: int, batch: int, seed: int) -> None:
+    """Add so many sequences, with room for so many steps, and go on until all are decoded side by side."""
+    for row in range(batch):
+        params = SamplingParams(max_tokens=decode + batch + 8, temperature=1.0, seed=row)
+        engine.add(random_prompt(engine.model.args, SHORT, seed + row + 1), params)
+    for _ in range(batch + 2):
+        step(engine)
+
+
+def step(engine: Engine) -> list[Event]:
     """One step, of which a failure is raised."""
     events = engine.step()
     for event in events:
