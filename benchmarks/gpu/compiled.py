@@ -88,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     print(f"triton {triton.__version__}, sm_{args.arch}; instructions a weight: issued, and issued at full bandwidth")
     for bits in (16, 8, 4):
-        up, down = tiling(1, [bits, bits], rows_together=64)
+        up, down = tiling(1, [bits, bits], rows_together=16 if bits == 16 else 64)
         of_block = {"K": 2, "N_COLS": DIM, "BITS_1": bits, "BITS_3": bits, "BITS_2": bits}
         report("gate_and_up", products.gate_and_up_kernel, of_block, up, bits, args)
         report("down", products.down_kernel, {"N_COLS": HIDDEN, "BITS": bits}, down, bits, args)

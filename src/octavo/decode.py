@@ -120,7 +120,7 @@ class Decoder:
         torch.cuda.synchronize(self._device)
         while logits is None:
             graphs.append(torch.cuda.CUDAGraph())
-            with torch.cuda.graph(graphs[-1], pool=self._pool):
+            with torch.cuda.graph(graphs[-1], pool=self._pool, capture_error_mode="thread_local"):
                 try:
                     wanted.append(next(forward))
                 except StopIteration as end:

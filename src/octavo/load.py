@@ -183,7 +183,7 @@ def assemble_on_card(
     plain: Callable[[str], Tensor],
     weight: Callable[[str], Weight],
     device: torch.device,
-    experts: Callable[[int, Sequence[str]], nn.Module] | None = None,
+    placement: CardPlacement | None = None,
 ) -> Mixtral:
     """Put a model together whose matrices lie on a GPU, where `octavo.kernels.card` computes with them.
 
@@ -192,22 +192,25 @@ def assemble_on_card(
         plain: gives a parameter by its canonical name, on the device.
         weight: gives a matrix by its canonical name, wherever it lies.
         device: the GPU; a CPU where Triton interprets its kernels.
-        experts: see `assemble`; by default all of them lie on the card.
+        placement: where not all experts are on the card.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        OptionError: a format that is not computed with there.
+        OptionError: a format that is not computed with there, or a placement of a dense model's experts.
         ResourceError: the card has too little memory for a part of it.
     """
+    if placement is not None and args.moe is None:
+        raise OptionError("the model has no experts that could lie elsewhere", hint="leave the placement out")
     with torch.device("meta"), _NoInit():
         model = Mixtral(args)
 
     def linear(name: str) -> nn.Module:
         return CardLinear(to_card(weight(name), device))
 
-    _replace_linears(model, linear, experts or partial(_on_card, weight, device))
+    experts = partial(_on_card, weight, device)
+    _replace_linears(model, linear, experts if placement is None else _cached(args, weight, placement, device))
     _replace_kinds(model, {TransformerBlock: CardBlock})
     return _with_parameters(model, plain)
 
@@ -263,7 +266,7 @@ def build_on_card(
     Raises:
         UserError: see `build_model`, and `assemble_on_card`.
     """
-    weights, args = _Weights(checkpoint, bits), checkpoint.args
+    weights = _Weights(checkpoint, bits)
 
     def plain(name: str) -> Tensor:
         with taking("other weights", 0, device):
@@ -273,34 +276,7 @@ def build_on_card(
         packed = weights.packed(name)
         return checkpoint.read(name).to(dtype) if packed is None else packed
 
-    if placement is None or args.moe is None:
-        return assemble_on_card(args, plain, weight, device)
-    names = {
-        (layer, e): f"layers.{layer}.feed_forward.experts.{e}"
-        for layer in range(args.n_layers)
-        for e in range(args.moe.num_experts)
-    }
-    return assemble_on_card(args, plain, weight, device, cached_experts(names, weight, placement, device))
-
-
-def cached_experts(
-    names: Mapping[tuple[int, int], str],
-    weight: Callable[[str], Weight],
-    placement: CardPlacement,
-    device: torch.device,
-) -> Callable[[int, Sequence[str]], nn.Module]:
-    """Experts of which a card holds some, for `assemble_on_card`.
-
-    Args:
-        names: what the names of each expert's matrices begin with, by layer and number.
-        weight: gives a matrix by its name.
-        placement: of the experts.
-        device: the card.
-    """
-    first = next(iter(names.values()))
-    k1, k3, k2 = (kind_of(weight(f"{first}.{w}.weight")) for w in ("w1", "w3", "w2"))
-    cache = CardCache(HostExperts(names, weight), (k1, k3, k2), placement, device)
-    return lambda layer, of_layer: CachedExperts(layer, len(of_layer), cache)
+    return assemble_on_card(checkpoint.args, plain, weight, device, placement)
 
 
 def _routers_ahead(model: Mixtral) -> list[Ahead]:
@@ -380,6 +356,18 @@ def _on_card(weight: Callable[[str], Weight], device: torch.device, layer: int, 
         room = torch.empty(len(names) * sum(nbytes), dtype=torch.uint8, device=device)
     places = iter(torch.split(room, nbytes * len(names)))
     return CardExperts([[copy_into(next(places), weight(name)) for name in of_one] for of_one in wanted])
+
+
+def _cached(
+    args: ModelArgs, weight: Callable[[str], Weight], placement: CardPlacement, device: torch.device
+) -> Callable[[int, Sequence[str]], nn.Module]:
+    """A layer's experts, of which a card holds some."""
+    n_experts = args.moe.num_experts if args.moe else 0
+    keys = [(layer, e) for layer in range(args.n_layers) for e in range(n_experts)]
+    names = {(layer, e): f"layers.{layer}.feed_forward.experts.{e}" for layer, e in keys}
+    k1, k3, k2 = (kind_of(weight(f"{names[keys[0]]}.{w}.weight")) for w in ("w1", "w3", "w2"))
+    cache = CardCache(HostExperts(names, weight), (k1, k3, k2), placement, device)
+    return lambda layer, of_layer: CachedExperts(layer, len(of_layer), cache)
 
 
 def _resident(weight: Callable[[str], Weight], layer: int, names: Sequence[str]) -> KernelExperts:

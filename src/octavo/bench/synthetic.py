@@ -26,7 +26,7 @@ from octavo.checkpoint.store import store_files
 from octavo.convert import Conversion
 from octavo.errors import CheckpointError, UserError
 from octavo.kernels.ops import Weight
-from octavo.load import assemble, assemble_on_card, cached_experts
+from octavo.load import assemble, assemble_on_card
 from octavo.model import Mixtral
 from octavo.plan_card import CardPlacement
 from octavo.quant.formats import FORMATS, Format, Packed
@@ -98,14 +98,7 @@ def card_model(
         data = torch.empty(chosen.nbytes(*shape), dtype=torch.uint8, device=device)
         return random_packed(data.random_(generator=generator(name)), chosen, shape)
 
-    if placement is None or args.moe is None:
-        return assemble_on_card(args, plain, weight, device)
-    names = {
-        (layer, e): f"layers.{layer}.feed_forward.experts.{e}"
-        for layer in range(args.n_layers)
-        for e in range(args.moe.num_experts)
-    }
-    return assemble_on_card(args, plain, weight, device, cached_experts(names, weight, placement, device))
+    return assemble_on_card(args, plain, weight, device, placement)
 
 
 def plan_synthetic(args: ModelArgs, bits: int, folder: Path) -> Conversion | None:

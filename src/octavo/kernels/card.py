@@ -196,7 +196,8 @@ def tiling(tokens: int, bits: Sequence[int], rows_together: int = 16) -> list[Ti
     if tokens <= min(FEW[one] for one in bits):
         # A warp each for 16 rows of codes: it needs nothing from the others.
         low = [Tiling(False, M, rows, 0, rows // 16) for rows in (rows_together, 16)]
-        return [low[i > 0] if one < 16 else Tiling(False, M, 8, 512 // M, 4) for i, one in enumerate(bits)]
+        plain = [Tiling(False, M, rows, 4096 // rows // M, 4) for rows in (8 if rows_together == 16 else 64, 8)]
+        return [(low if one < 16 else plain)[i > 0] for i, one in enumerate(bits)]
     M = min(max(M, 16), 128 if min(bits) == 16 else 64)
     low_bit, plain = Tiling(True, M, 64, 0, 4), Tiling(True, M, 64 if M < 64 else 128, 64, 4 if M < 64 else 8, 4)
     return [low_bit if one < 16 else plain for one in bits]
@@ -282,7 +283,7 @@ def linear_of(a: Activations, w: CardMatrix) -> Tensor:
     y = a.x.new_empty(T, kind.rows)
     (how,) = tiling(T, [kind.bits])
     grid = (-(-kind.rows // how.R), -(-T // how.M))
-    pointers = (*a.for_bits(kind.bits), w.data, y, _book(y.device), T, kind.rows)
+    pointers = (*a.for_bits(kind.bits), w.data.data_ptr(), y, _book(y.device), T, kind.rows)
     _run(products.linear_kernel, grid, *pointers, BITS=kind.bits, **_constants(kind, how))
     return y
 
@@ -349,7 +350,7 @@ def moe_into(
     products, _, _ = _kernels()
     ids, weights, device = topk_ids_TK.contiguous(), topk_weights_TK.float().contiguous(), a.x.device
     together = _tokens_together(T, K, table.n_experts)
-    up, down = tiling(together, [k1.bits, k2.bits], rows_together=64)
+    up, down = tiling(together, [k1.bits, k2.bits], rows_together=16 if k2.format is None else GROUP)
     order, blocks = _dispatch(ids, table.n_experts, up.M)
     n_blocks = blocks.shape[0]
     if k2.format is None:

@@ -279,14 +279,18 @@ def _bfloat16(
     w = tl.multiple_of(weight.to(tl.pointer_type(tl.bfloat16)), 16)
     r = row + tl.arange(0, R)
     n = tl.arange(0, N)
-    sums = tl.zeros([M, R, N], tl.float32)
+    sums = tl.zeros([M, R, N] if M > 1 else [R, N], tl.float32)
     for first in range(0, N_COLS, N):
         there = first + n < N_COLS
         at = r.to(tl.int64)[:, None] * N_COLS + (first + n)[None, :]
         w_RN = tl.load(w + at, mask=(r < n_rows)[:, None] & there[None, :], other=0.0).to(tl.float32)
         x_MN = tl.load(x + rows_M.to(tl.int64)[:, None] * N_COLS + (first + n)[None, :], mask=there[None, :], other=0.0)
-        sums = tl.fma(w_RN[None, :, :], _as_bfloat16(x_MN, ASM).to(tl.float32)[:, None, :], sums)
-    return tl.sum(sums, axis=2)
+        x_MN = _as_bfloat16(x_MN, ASM).to(tl.float32)
+        if M > 1:
+            sums = tl.fma(w_RN[None, :, :], x_MN[:, None, :], sums)
+        else:  # in the threads that have loaded the weights
+            sums = tl.fma(w_RN, tl.broadcast_to(x_MN, [R, N]), sums)
+    return tl.sum(sums, axis=2) if M > 1 else tl.sum(sums, axis=1)[None, :]
 
 
 # ---------------------------------------- many tokens: tiles for the tensor cores
@@ -309,11 +313,13 @@ def _low_bit_tile(
     """See `_low_bit`, of which it has the bits."""
     M: tl.constexpr = rows_M.shape[0]
     V: tl.constexpr = 2 * BITS
-    BLOCK: tl.constexpr = 64 + 2 * V * 4 * PANEL  # bytes
-    bytes_ = tl.multiple_of(weight.to(tl.pointer_type(tl.uint8)), 16)
+    BLOCK: tl.constexpr = 16 + 2 * V * PANEL  # words
+    words = weight.to(tl.pointer_type(tl.int32))
     r = tl.arange(0, R)
     inside = panel + r // PANEL < n_panels
     base = (panel + r // PANEL).to(tl.int64) * (N_GROUPS // 2 * BLOCK)
+    v = tl.arange(0, V)
+    shift = 8 * tl.arange(0, 4)
     k = tl.arange(0, 4 * V)
     # A byte of q4 has two codes, which are neighbours among the activations (`quantized`).
     column = k if BITS == 8 else 2 * k
@@ -322,8 +328,9 @@ def _low_bit_tile(
     y = tl.zeros([M, R], tl.float32)
     for group in range(N_GROUPS):
         start = base + group // 2 * BLOCK
-        at = start + 64 + group % 2 * (V * 4 * PANEL) + r % PANEL * 4
-        codes = tl.load(bytes_ + (at[None, :] + (k // 4 * (4 * PANEL) + k % 4)[:, None]), mask=inside[None, :], other=0)
+        at = start + 16 + group % 2 * (V * PANEL) + r % PANEL
+        w = tl.load(words + (at[None, :] + (v * PANEL)[:, None]), mask=inside[None, :], other=0)
+        codes = tl.reshape((w[:, None, :] >> shift[None, :, None] & 255).to(tl.uint8), [4 * V, R])
         x = tl.load(activations + group * COLS)
         if BITS == 8:
             sums = tl.dot(x, (codes ^ 128).to(tl.int8, bitcast=True), out_dtype=tl.int32)
@@ -337,7 +344,7 @@ def _low_bit_tile(
                 high = tl.load(book + (codes >> 4)).to(tl.int8)
             sums = tl.dot(x, low, out_dtype=tl.int32)
             sums = tl.dot(tl.load(activations + group * COLS + 1), high, sums, out_dtype=tl.int32)
-        word = weight.to(tl.pointer_type(tl.bfloat16)) + start // 2 + group % 2 * PANEL + r % PANEL
+        word = weight.to(tl.pointer_type(tl.bfloat16)) + 2 * start + group % 2 * PANEL + r % PANEL
         w_scale = tl.load(word, mask=inside, other=0.0).to(tl.float32)
         y = _add(y, sums.to(tl.float32) * w_scale[None, :], scales, group, ASM)
     return y
@@ -401,11 +408,11 @@ def _product(
 # ---------------------------------------- kernels: matrices and experts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["weight"])
 def linear_kernel(
     x,
     scales,
-    weight,
+    weight: tl.int64,
     y,
     book,
     n_tokens,
@@ -419,7 +426,10 @@ def linear_kernel(
     N: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """y [T, n_rows] = x [T, N_COLS] times a matrix; x is int8 with scales where that is low-bit."""
+    """y [T, n_rows] = x [T, N_COLS] times a matrix; x is int8 with scales where that is low-bit.
+
+    The weight is an address, of which nothing is known: wide loads of codes would have to change hands afterwards.
+    """
     row = tl.program_id(0) * R
     tokens = tl.program_id(1) * M + tl.arange(0, M)
     rows_M = tl.minimum(tokens, n_tokens - 1)
@@ -475,6 +485,7 @@ def gate_and_up_kernel(
     up = _product(x, scales, token, w3, row, n_rows, book, N_COLS, BITS_3, TILE, R, G, N, ASM)
     h = tl.math.div_rn(gate, 1.0 + _exp(0.0 - gate, ASM)) * up
     r = row + tl.arange(0, R)
+    h = tl.where((r < n_rows)[None, :], h, 0.0)  # what fills up a panel may be anything
     if BITS_2 == 16:
         to = hidden + choices.to(tl.int64)[:, None] * n_rows + r[None, :]
         tl.store(to, rounded(h, tl.bfloat16, ASM), mask=live[:, None] & (r < n_rows)[None, :])

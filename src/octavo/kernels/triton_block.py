@@ -84,7 +84,7 @@ def norm_kernel(
         tl.store(logits + token * E + expert, found, mask=expert < E)
         # NaN is above all, as torch sorts; of equals the first is chosen.
         left = tl.where(found != found, float("inf"), found)
-        left = tl.where(expert < E, left, float("-inf"))
+        left = tl.where(expert < E, tl.maximum(left, -3.0e38), float("-inf"))
         whole = 0.0
         best = tl.max(left)
         for k in tl.static_range(K):
