@@ -199,8 +199,8 @@ def tiling(tokens: int, bits: Sequence[int], rows_together: int = 16) -> list[Ti
         plain = [Tiling(False, M, rows, 4096 // rows // M, 4) for rows in (8 if rows_together == 16 else 64, 8)]
         return [(low if one < 16 else plain)[i > 0] for i, one in enumerate(bits)]
     M = min(max(M, 16), 128 if min(bits) == 16 else 64)
-    low_bit, plain = Tiling(True, M, 64, 0, 4), Tiling(True, M, 64 if M < 64 else 128, 64, 4 if M < 64 else 8, 4)
-    return [low_bit if one < 16 else plain for one in bits]
+    codes, numbers = Tiling(True, M, 64, 0, 4), Tiling(True, M, 64 if M < 64 else 128, 64, 4 if M < 64 else 8, 4)
+    return [codes if one < 16 else numbers for one in bits]
 
 
 def _constants(kind: Kind, how: Tiling) -> dict[str, Any]:
