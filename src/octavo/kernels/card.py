@@ -194,8 +194,8 @@ def tiling(tokens: int, bits: Sequence[int], rows_together: int = 16) -> list[Ti
     """
     M = 1 << max(0, tokens - 1).bit_length()
     if tokens <= min(FEW[one] for one in bits):
-        # A warp each for 16 rows of codes: it needs nothing from the others.
-        low = [Tiling(False, M, rows, 0, rows // 16) for rows in (rows_together, 16)]
+        # A warp for 16 rows of codes needs nothing from others; of 64 rows each of two has half (docs/gpu.md).
+        low = [Tiling(False, M, rows, 0, -(-rows // 32)) for rows in (rows_together, 16)]
         plain = [Tiling(False, M, rows, 4096 // rows // M, 4) for rows in (8 if rows_together == 16 else 64, 8)]
         return [(low if one < 16 else plain)[i > 0] for i, one in enumerate(bits)]
     M = min(max(M, 16), 128 if min(bits) == 16 else 64)

@@ -99,18 +99,20 @@ COLS = tl.constexpr(GROUP)
 def _fma(a, b, c, ASM: tl.constexpr):
     """a * b + c, rounded once; numpy, behind the interpreter, would round twice."""
     if ASM:
-        return tl.fma(a, b, c)
-    return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+        out = tl.fma(a, b, c)
+    else:
+        out = (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    return out
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr, ASM: tl.constexpr):
     """float32 as another dtype, to the nearest; the interpreter cuts what bfloat16 has no room for."""
-    if ASM or dtype == tl.float32:
-        return x.to(dtype)
-    bits = x.to(tl.uint32, bitcast=True)
-    bits += 0x7FFF + (bits >> 16 & 1)
-    return tl.where(x == x, (bits & 0xFFFF0000).to(tl.float32, bitcast=True), x).to(dtype)
+    if not (ASM or dtype == tl.float32):
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + (bits >> 16 & 1)
+        x = tl.where(x == x, (bits & 0xFFFF0000).to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -200,22 +202,24 @@ def _fold(y, part, scales, group, ASM: tl.constexpr):
     even, odd = tl.split(tl.reshape(part, [M, R, G // 2, 2]))
     if G == 2:
         y = _add(y, tl.reshape(even, [M, R]), scales, group, ASM)
-        return _add(y, tl.reshape(odd, [M, R]), scales, group + 1, ASM)
-    tl.static_assert(G == 8)
-    even_0, even_2 = tl.split(tl.reshape(even, [M, R, 2, 2]))
-    odd_1, odd_3 = tl.split(tl.reshape(odd, [M, R, 2, 2]))
-    p0, p4 = tl.split(even_0)
-    p1, p5 = tl.split(odd_1)
-    p2, p6 = tl.split(even_2)
-    p3, p7 = tl.split(odd_3)
-    y = _add(y, p0, scales, group, ASM)
-    y = _add(y, p1, scales, group + 1, ASM)
-    y = _add(y, p2, scales, group + 2, ASM)
-    y = _add(y, p3, scales, group + 3, ASM)
-    y = _add(y, p4, scales, group + 4, ASM)
-    y = _add(y, p5, scales, group + 5, ASM)
-    y = _add(y, p6, scales, group + 6, ASM)
-    return _add(y, p7, scales, group + 7, ASM)
+        y = _add(y, tl.reshape(odd, [M, R]), scales, group + 1, ASM)
+    else:
+        tl.static_assert(G == 8)
+        even_0, even_2 = tl.split(tl.reshape(even, [M, R, 2, 2]))
+        odd_1, odd_3 = tl.split(tl.reshape(odd, [M, R, 2, 2]))
+        p0, p4 = tl.split(even_0)
+        p1, p5 = tl.split(odd_1)
+        p2, p6 = tl.split(even_2)
+        p3, p7 = tl.split(odd_3)
+        y = _add(y, p0, scales, group, ASM)
+        y = _add(y, p1, scales, group + 1, ASM)
+        y = _add(y, p2, scales, group + 2, ASM)
+        y = _add(y, p3, scales, group + 3, ASM)
+        y = _add(y, p4, scales, group + 4, ASM)
+        y = _add(y, p5, scales, group + 5, ASM)
+        y = _add(y, p6, scales, group + 6, ASM)
+        y = _add(y, p7, scales, group + 7, ASM)
+    return y
 
 
 @triton.jit
