@@ -153,7 +153,7 @@ def measure_experts(where: Setting, bits: int, tokens: int) -> None:
     operations = 2 * layers * tokens * args.moe.num_experts_per_tok * args.expert_params
     work = over(layers, lambda i: moe(x, *routes[i], tables[i].table))
     together = card._tokens_together(tokens, args.moe.num_experts_per_tok, args.moe.num_experts)
-    cuts = card.tiling(together, [bits, bits], rows_together=64)
+    cuts = card.tiling(together, [bits, bits], rows_together=16 if bits == 16 else 64)
     sweep(where, f"kernel-experts-{bits}-{tokens}", bits, cuts, nbytes, operations, work)
     forget()
 
