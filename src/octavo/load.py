@@ -19,8 +19,9 @@ from octavo.compiled import IN_PLACE_OF, in_place_of
 from octavo.errors import OptionError
 from octavo.experts import DiskCache, StreamedExperts
 from octavo.experts.card import CachedExperts, CardCache, HostExperts
-from octavo.experts.disk import OnDisk, not_streamable
+from octavo.experts.disk import MATRICES, OnDisk, not_streamable
 from octavo.experts.prefetch import Ahead, Prefetch
+from octavo.experts.slots import Key
 from octavo.kernels import backend
 from octavo.kernels.card import ALIGNMENT, CardExperts, CardLinear, copy_into, kind_of, to_card
 from octavo.kernels.memory import taking
@@ -227,10 +228,8 @@ def _streamed(checkpoint: Checkpoint, dtype: torch.dtype, bits: int | str | None
         raise OptionError("the model has no experts that could be read from the disk", hint="leave the placement out")
     with OnDisk(checkpoint, dtype) as disk:
         kinds, stored = {}, {}
-        for layer in range(args.n_layers):
-            for e in range(args.moe.num_experts):
-                name = f"layers.{layer}.feed_forward.experts.{e}"
-                kinds[layer, e], stored[layer, e] = disk.expert((layer, e), name)
+        for key, name in _expert_names(args).items():
+            kinds[key], stored[key] = disk.expert(key, name)
         cache = DiskCache(stored, placement, disk.verify)
         model = assemble(
             args,
@@ -347,31 +346,39 @@ def _replace_kinds(model: Mixtral, kinds: Mapping[type[nn.Module], type[nn.Modul
                 model.set_submodule(path, in_place_of(module, other))
 
 
+def _expert_names(args: ModelArgs) -> dict[Key, str]:
+    """What the names of each expert's matrices begin with, by layer and number."""
+    n_experts = args.moe.num_experts if args.moe else 0
+    keys = itertools.product(range(args.n_layers), range(n_experts))
+    return {(layer, e): f"layers.{layer}.feed_forward.experts.{e}" for layer, e in keys}
+
+
 def _on_card(weight: Callable[[str], Weight], device: torch.device, layer: int, names: Sequence[str]) -> CardExperts:
     """A layer's experts on the card, one matrix behind the other: torch rounds up what is allocated alone."""
-    wanted = [[f"{name}.{w}.weight" for w in ("w1", "w3", "w2")] for name in names]
-    kinds = [kind_of(weight(name)) for name in wanted[0]]
+    wanted = [[f"{name}.{w}.weight" for w in MATRICES] for name in names]
+    first = [weight(name) for name in wanted[0]]  # may have been quantised just now, which takes its time
+    kinds = [kind_of(one) for one in first]
     nbytes = [-(-kind.nbytes // ALIGNMENT) * ALIGNMENT for kind in kinds]
     with taking("experts", len(names) * sum(nbytes), device):
         room = torch.empty(len(names) * sum(nbytes), dtype=torch.uint8, device=device)
     places = iter(torch.split(room, nbytes * len(names)))
-    return CardExperts([[copy_into(next(places), weight(name)) for name in of_one] for of_one in wanted])
+    experts = [[copy_into(next(places), one) for one in first]]
+    experts += [[copy_into(next(places), weight(name)) for name in of_one] for of_one in wanted[1:]]
+    return CardExperts(experts)
 
 
 def _cached(
     args: ModelArgs, weight: Callable[[str], Weight], placement: CardPlacement, device: torch.device
 ) -> Callable[[int, Sequence[str]], nn.Module]:
     """A layer's experts, of which a card holds some."""
-    n_experts = args.moe.num_experts if args.moe else 0
-    keys = [(layer, e) for layer in range(args.n_layers) for e in range(n_experts)]
-    names = {(layer, e): f"layers.{layer}.feed_forward.experts.{e}" for layer, e in keys}
-    k1, k3, k2 = (kind_of(weight(f"{names[keys[0]]}.{w}.weight")) for w in ("w1", "w3", "w2"))
+    names = _expert_names(args)
+    k1, k3, k2 = (kind_of(weight(f"{names[0, 0]}.{w}.weight")) for w in MATRICES)
     cache = CardCache(HostExperts(names, weight), (k1, k3, k2), placement, device)
     return lambda layer, of_layer: CachedExperts(layer, len(of_layer), cache)
 
 
 def _resident(weight: Callable[[str], Weight], layer: int, names: Sequence[str]) -> KernelExperts:
-    w1, w3, w2 = ([weight(f"{name}.{w}.weight") for name in names] for w in ("w1", "w3", "w2"))
+    w1, w3, w2 = ([weight(f"{name}.{w}.weight") for name in names] for w in MATRICES)
     return KernelExperts(list(zip(w1, w3, w2, strict=True)))
 
 

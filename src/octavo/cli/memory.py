@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import note
-from octavo.plan import MemoryPlan, show_size
+from octavo.plan import Footprint, MemoryPlan, Weights, show_size
 from octavo.plan_card import CardPlan
 
 if TYPE_CHECKING:
@@ -82,6 +82,22 @@ def budget_to_json(plan: MemoryPlan | CardPlan) -> dict[str, Any]:
     else:
         budgets = {"budget": plan.budget}
     return {**budgets, "context": plan.context, "batch": plan.batch}
+
+
+def precision_row(weights: Weights, size: Footprint, says: str) -> dict[str, Any]:
+    """What a model takes in one precision, in bytes, and a verdict on it."""
+    names = {"precision": weights.label, "bits": weights.bits}
+    return {**names, "weights": size.weights, **dataclasses.asdict(size), "total": size.total, "verdict": says}
+
+
+def precision_table(rows: Iterable[dict[str, Any]], base: str) -> Iterator[str]:
+    """Rows of `precision_row` for people; ``base`` is what the process itself is called."""
+    columns = ("weights", "kv_cache", "workspace", "base", "total")
+    heads = ("weights", "KV cache", "workspace", base, "total")
+    yield f"{'':9}{'precision':18}" + "".join(f"{head:>11}" for head in heads)
+    for row in rows:
+        sizes = "".join(f"{show_size(row[column]):>11}" for column in columns)
+        yield f"{'':9}{row['precision']:18}{sizes}   {row['verdict']}"
 
 
 def rate(tok_s: float | None) -> str:

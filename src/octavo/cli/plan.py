@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from octavo.cli.headers import Model, read_model
-from octavo.cli.memory import entry, experts_in_words, plan_to_json, rate
+from octavo.cli.memory import entry, experts_in_words, plan_to_json, precision_row, precision_table, rate
 from octavo.cli.options import SHAPE_BITS
 from octavo.cli.plan_card import CardReport
 from octavo.cli.terminal import note
@@ -242,7 +242,7 @@ class Report:
         yield from entry("model", f"{self.model.title}: {counts}")
         yield from entry("memory", f"{show_size(plan.budget)} of {where}, for {sequences} of {plan.context:,} tokens")
         yield ""
-        yield from self._table()
+        yield from precision_table(map(self._row, self._precisions()), "process")
         yield ""
         yield from entry("plan", self._chosen(), plan.reason)
         if self.traced is not None:
@@ -287,17 +287,7 @@ class Report:
         plan = self.plan
         size = footprint_of(plan.args, weights, plan.context, plan.batch)
         says = verdict(plan.args, weights, plan.budget, plan.context, plan.batch)
-        names = {"precision": weights.label, "bits": weights.bits}
-        return {**names, "weights": size.weights, **dataclasses.asdict(size), "total": size.total, "verdict": says}
-
-    def _table(self) -> Iterator[str]:
-        columns = ("weights", "kv_cache", "workspace", "base", "total")
-        heads = ("weights", "KV cache", "workspace", "process", "total")
-        yield f"{'':9}{'precision':18}" + "".join(f"{head:>11}" for head in heads)
-        for weights in self._precisions():
-            row = self._row(weights)
-            sizes = "".join(f"{show_size(row[column]):>11}" for column in columns)
-            yield f"{'':9}{weights.label:18}{sizes}   {row['verdict']}"
+        return precision_row(weights, size, says)
 
     def _chosen(self) -> str:
         plan, size = self.plan, self.plan.footprint

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from octavo.cli.headers import Model
-from octavo.cli.memory import entry, experts_in_words, plan_to_json, rate
+from octavo.cli.memory import entry, experts_in_words, plan_to_json, precision_row, precision_table, rate
 from octavo.devices import DEVICES, Device
 from octavo.plan import CHUNK, DEFAULT_CONTEXT, Weights, show_size, weights_at
 from octavo.plan_card import CARD_PRECISIONS, CardPlan, card_footprint, card_verdict, make_card_plan, not_on_a_card
@@ -88,7 +88,7 @@ class CardReport:
             f"{show_size(plan.host.base)} for the process",
         )
         yield ""
-        yield from self._table()
+        yield from precision_table(map(self._row, self._precisions()), "CUDA")
         yield ""
         in_all = f"{plan.weights.label} in {show_size(plan.card.total)}: {experts_in_words(plan)}"
         yield from entry("plan", f"{in_all}; KV cache {show_size(plan.card.kv_cache)}", plan.reason)
@@ -138,17 +138,7 @@ class CardReport:
         plan = self.plan
         size = card_footprint(plan.args, weights, plan.context, plan.batch)
         says = card_verdict(plan.args, weights, plan.gpu_budget, plan.host_budget, plan.context, plan.batch)
-        names = {"precision": weights.label, "bits": weights.bits}
-        return {**names, "weights": size.weights, **dataclasses.asdict(size), "total": size.total, "verdict": says}
-
-    def _table(self) -> Iterator[str]:
-        columns = ("weights", "kv_cache", "workspace", "base", "total")
-        heads = ("weights", "KV cache", "workspace", "CUDA", "total")
-        yield f"{'':9}{'precision':18}" + "".join(f"{head:>11}" for head in heads)
-        for weights in self._precisions():
-            row = self._row(weights)
-            sizes = "".join(f"{show_size(row[column]):>11}" for column in columns)
-            yield f"{'':9}{weights.label:18}{sizes}   {row['verdict']}"
+        return precision_row(weights, size, says)
 
     @property
     def _rates(self) -> tuple[float | None, float | None]:

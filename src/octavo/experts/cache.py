@@ -12,6 +12,7 @@ import ctypes
 import os
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -81,7 +82,7 @@ class Held:
     slot: _Slot | None
 
 
-class ExpertCache:
+class ExpertCache(ABC):
     """Experts in memory, as far as a budget holds them; the others come from elsewhere when they are needed.
 
     `ExpertCache(experts, placement, verify)` is a `DiskCache`, as a `pathlib.Path` is one of the system's kind;
@@ -109,13 +110,13 @@ class ExpertCache:
         """Whether a layer of this number has experts here."""
         return layer in self._layers
 
+    @abstractmethod
     def holds(self, key: Key) -> bool:
         """Whether all of an expert is there, or on its way."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Wait for what is on its way; nothing can be asked for afterwards."""
-        raise NotImplementedError
 
 
 class DiskCache(ExpertCache):
